@@ -1,0 +1,1 @@
+"""The method: knows neither Flower nor ONNX and runs in one process."""
