@@ -1,0 +1,55 @@
+"""The models that a device holds, so that only what changed since has to be sent."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from common.errors import StoreError
+from common.state import State, state_digest
+from common.store import BundleStore
+
+
+class Bases:
+    """Models by digest: the newest in memory, a few on disk.
+
+    A device's process may end between two rounds (Flower starts one per message), and in a
+    simulation many devices share one machine; a digest names the same bytes for all of them.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they are kept.
+    keep : int
+        Most on disk; older ones are sent again if they are ever asked for.
+    """
+
+    def __init__(self, folder: Path, keep: int = 8) -> None:
+        self._disk = BundleStore(folder, keep)
+        self._memory: OrderedDict[str, State] = OrderedDict()
+
+    def get(self, digest: str) -> State | None:
+        """Return the model called `digest`, or None."""
+        if digest not in self._memory:
+            try:
+                self._remember(digest, self._disk.get(digest))
+            except StoreError:  # absent, torn or just evicted: the server sends it again
+                return None
+        self._memory.move_to_end(digest)
+        return self._memory[digest]
+
+    def put(self, state: Mapping[str, torch.Tensor]) -> str:
+        """Keep a model; returns its digest."""
+        digest = state_digest(state)
+        if digest not in self._memory:
+            self._disk.put(state)
+            self._remember(digest, dict(state))
+        return digest
+
+    def _remember(self, digest: str, state: State) -> None:
+        self._memory[digest] = state
+        while len(self._memory) > 3:
+            self._memory.popitem(last=False)

@@ -1,0 +1,266 @@
+"""A device's part of a phase: check the order, train or measure, pack what changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from client.bases import Bases
+from common.accelerator import Accelerator
+from common.data import Augment, ImageSet, Normalisation, split_holdout
+from common.errors import UpdateError
+from common.filters import FilterGraph, cut
+from common.importance import sensitivity, taylor
+from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
+from common.nets import build
+from common.order import NEEDS_BASE, NetSpec, Order, Report, as_free_set
+from common.regrow import regrow
+from common.seeds import torch_rng
+from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
+from common.state import State, read_state, state_digest, write_state
+from common.train import Labelled, Recipe, predict, train
+from common.update import check_values
+
+_SCORED_IMAGES = 256
+"""Importances are means over images and settle early; more would only cost the device."""
+
+
+class DeviceData(Protocol):
+    """Where a device's images come from."""
+
+    @property
+    def device(self) -> str:
+        """Name of the device, stable over restarts."""
+
+    def batch(self, step: int) -> ImageSet:
+        """Return the images of a step; the same in every round of the step."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Packed arrays that came with an order: the whole base, and the values that changed."""
+
+    base: np.ndarray | None = None
+    values: np.ndarray | None = None
+
+
+def carry_out(
+    order: Order, arrays: Arrays, data: DeviceData, bases: Bases, accelerator: Accelerator
+) -> tuple[Report, np.ndarray | None]:
+    """Do what an order asks.
+
+    Parameters
+    ----------
+    order, arrays
+        What the server sent.
+    data : DeviceData
+        The device's own images.
+    bases : Bases
+        Models that the device holds.
+    accelerator : Accelerator
+        Where to train.
+
+    Returns
+    -------
+    report : Report
+        With `declined` set if the device lacks the base or has too few images.
+    update : float32 array or None
+        grow, consolidate: packed values after training. weigh: packed importances, first the
+        sensitivities of all layers, then their Taylor scores.
+
+    Raises
+    ------
+    UpdateError
+        If the order and its arrays do not belong together.
+    """
+    began = time.monotonic()
+    template, graph = net_and_graph(order.net)
+    if graph.digest != order.graph:
+        raise UpdateError(
+            f"the net '{order.net.name}' has filter graph {graph.digest[:12]} here, the server "
+            f"has {order.graph[:12]}: both sides need the same net"
+        )
+    images = data.batch(order.step)
+    trained_on, heldout = split_holdout(images, order.heldout)
+    if len(trained_on) < 2:
+        return Report(device=data.device, declined=f"{len(trained_on)} training image(s)"), None
+    base = _resolve_base(order, arrays.base, template, graph, bases)
+    if base is None:
+        return Report(device=data.device, declined=NEEDS_BASE), None
+    layout = _layout(order, graph, base)
+    current = base
+    if arrays.values is not None:
+        current = layout.unpack(base, check_values(arrays.values, layout.size, "the model"))
+
+    normalisation = Normalisation(order.net.mean, order.net.std)
+    held = Labelled.of(heldout, normalisation)
+    own = Labelled.of(trained_on, normalisation)
+    free = order.free_set()
+    if order.phase in ("consolidate", "judge"):
+        progress = 1.0 if order.phase == "judge" else order.anneal[0]
+        current = off_state(current, graph, free, scale_factor(progress, order.anneal[2]))
+    if order.keep is not None:
+        bases.put(current)
+
+    student = _net(template, current, accelerator)
+    teacher = _net(template, base, accelerator)
+    prior_right, right = _right(teacher, held, accelerator), _right(student, held, accelerator)
+    update, loss = None, 0.0
+    if order.phase == "weigh":
+        update = _scores(student, graph, own, order.batch)
+    elif order.phase != "judge":
+        loss = _train(order, student, teacher, graph, layout, base, own, data.device, accelerator)
+        update = layout.pack(read_state(student))
+    return (
+        Report(
+            device=data.device,
+            run=order.run,
+            step=order.step,
+            phase=order.phase,
+            attempt=order.attempt,
+            round=order.round,
+            base=order.base,
+            layout=layout.digest,
+            images=len(own),
+            heldout=len(held),
+            right=int(right.sum()),
+            prior_right=int(prior_right.sum()),
+            both_right=int((right & prior_right).sum()),
+            loss=loss,
+            seconds=time.monotonic() - began,
+        ),
+        update,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def net_and_graph(spec: NetSpec) -> tuple[nn.Module, FilterGraph]:
+    """Return the net of `spec` and its filter graph; the net's weights are scratch space."""
+    with torch.random.fork_rng(devices=[]):
+        net = build(spec.name, spec.classes, spec.input_shape[0], spec.width or None)
+    return net, FilterGraph.build(net, spec.input_shape)
+
+
+def _resolve_base(
+    order: Order,
+    packed: np.ndarray | None,
+    template: nn.Module,
+    graph: FilterGraph,
+    bases: Bases,
+) -> State | None:
+    """Return the base model: held, made from one that is held, or sent; else None."""
+    base = bases.get(order.base)
+    if base is not None:
+        return base
+    if packed is not None:
+        shapes = read_state(template)
+        layout = dense_layout(graph, shapes)
+        made = layout.unpack(shapes, check_values(packed, layout.size, "the base model"))
+    elif order.regrown is not None:
+        source = bases.get(order.regrown.source)
+        if source is None:
+            return None
+        free = as_free_set(order.regrown.free)
+        rules = order.regrown.rules()
+        made = regrow(source, graph, free, seed=order.regrown.seed, diversity=rules)
+    else:
+        return None
+    if state_digest(made) != order.base:
+        # Linear algebra may round differently on another CPU: a base made here is then
+        # useless, one that was sent is damaged.
+        if packed is None:
+            return None
+        raise UpdateError(f"the base model that was sent is not {order.base[:12]}")
+    bases.put(made)
+    return made
+
+
+def _layout(order: Order, graph: FilterGraph, base: State) -> Layout:
+    if order.phase in ("grow", "weigh"):
+        layout = scope_layout(order.scope, graph, order.free_set(), base)
+    else:
+        layout = consolidation_layout(graph, order.free_set(), base)
+    if order.layout is not None and layout.digest != order.layout:
+        raise UpdateError(
+            f"layout {layout.digest[:12]} here, {order.layout[:12]} at the server: scope or "
+            "free set differ"
+        )
+    return layout
+
+
+def _net(template: nn.Module, state: State, accelerator: Accelerator) -> nn.Module:
+    net = copy.deepcopy(template)
+    write_state(net, state)
+    return net.eval().to(accelerator.device)
+
+
+def _right(net: nn.Module, data: Labelled, accelerator: Accelerator) -> torch.Tensor:
+    if not len(data):
+        return torch.zeros(0, dtype=torch.bool)
+    return predict(net, data.x, accelerator=accelerator).argmax(1) == data.y
+
+
+def _train(
+    order: Order,
+    student: nn.Module,
+    base_net: nn.Module,
+    graph: FilterGraph,
+    layout: Layout,
+    base: State,
+    data: Labelled,
+    device: str,
+    accelerator: Accelerator,
+) -> float:
+    recipe = Recipe(
+        epochs=order.epochs,
+        batch=order.batch,
+        lr=order.lr,
+        momentum=order.momentum,
+        weight_decay=order.weight_decay,
+        augment=Augment(order.crop, order.flip),
+    )
+    # Without the regrown filters, which nobody reads yet, the base is the prior model, in
+    # less time; without this step's filters the grown model is its kept part.
+    kept_part = cut(base_net, graph, as_free_set(order.kept))
+    before_step = None
+    if order.phase == "grow":
+        teachers = [kept_part]
+    else:
+        teachers = [base_net, kept_part] if order.kept else [base_net]
+        begin, end, until = order.anneal
+        anneal = Anneal(student, graph, order.free_set(), base)
+
+        def before_step(done: float) -> None:
+            anneal(scale_factor(begin + (end - begin) * done, until))
+
+    key = (order.run, order.step, order.phase, order.attempt, order.round, device)
+    trained = train(
+        student,
+        layout,
+        data,
+        multi_step_objective(teachers, order.teaching.distillation()),
+        recipe,
+        torch_rng("train", *key),
+        accelerator=accelerator,
+        before_step=before_step,
+    )
+    return trained.loss
+
+
+def _scores(net: nn.Module, graph: FilterGraph, data: Labelled, batch: int) -> np.ndarray:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        device = next(net.parameters()).device
+        x, y = data.x[:_SCORED_IMAGES].to(device), data.y[:_SCORED_IMAGES].to(device)
+        yield from zip(x.split(batch), y.split(batch), strict=True)
+
+    kinds = [sensitivity(net, graph, batches()), taylor(net, graph, batches())]
+    packed = [kind[layer.name] for kind in kinds for layer in graph.layers]
+    return np.concatenate(packed).astype(np.float32)

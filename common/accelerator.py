@@ -1,0 +1,46 @@
+"""Where a net is trained: CPU or CUDA, with or without automatic mixed precision."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from common.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A torch device and whether its forward passes run in bfloat16.
+
+    bfloat16 needs no loss scaling, so the training loop is the same with and without.
+    """
+
+    device: torch.device
+    amp: bool = False
+
+    @classmethod
+    def pick(cls, name: str = "auto", amp: bool = False) -> Accelerator:
+        """Return the accelerator called `name`: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+        Raises
+        ------
+        ConfigError
+            If the name is unknown or the device is not there.
+        """
+        available = torch.cuda.is_available()
+        if name == "auto":
+            name = "cuda" if available else "cpu"
+        if name != "cpu" and not name.startswith("cuda"):
+            raise ConfigError(f"accelerator is '{name}': use auto, cpu, cuda or cuda:N")
+        if name != "cpu" and not available:
+            raise ConfigError(f"accelerator is '{name}', but torch sees no CUDA device: use cpu")
+        return cls(torch.device(name), amp)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which forward passes run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+
+CPU = Accelerator(torch.device("cpu"))

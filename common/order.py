@@ -1,0 +1,194 @@
+"""What the server asks of a device, and what the device answers.
+
+Both travel as one JSON text beside at most two packed arrays: the base model (only to a device
+that lacks it) and the values that changed since. Everything is checked when it is read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.distill import Distillation
+from common.errors import UpdateError
+from common.filters import FreeSet
+from common.regrow import Diversity
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
+Phase = Literal["weigh", "grow", "consolidate", "judge"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NetSpec(_Frozen):
+    """What it takes to build the net and to feed it."""
+
+    name: str
+    classes: int = Field(ge=1)
+    input_shape: tuple[int, int, int]
+    width: float = Field(ge=0)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Regrown(_Frozen):
+    """How a device makes the base itself from a model it may hold."""
+
+    source: Digest
+    free: Channels
+    seed: int
+    diversity: tuple[float, float, float, float]
+
+    def rules(self) -> Diversity:
+        """Return the shares of the re-initialisation rules."""
+        return Diversity(*self.diversity)
+
+
+class Teaching(_Frozen):
+    """Weights of the distillation (see `common.distill.Distillation`)."""
+
+    weight: float = Field(ge=0)
+    temperature: float = Field(gt=0)
+    floor: float = Field(ge=0, le=1)
+    ntd_weight: float = Field(ge=0)
+
+    def distillation(self) -> Distillation:
+        """Return the same for the losses."""
+        return Distillation(self.weight, self.temperature, self.floor, self.ntd_weight)
+
+
+class Order(_Frozen):
+    """One round's work for one device.
+
+    Attributes
+    ----------
+    phase : str
+        ``grow`` and ``consolidate`` train; ``weigh`` measures the model and every filter's
+        importance; ``judge`` measures the model.
+    base : str
+        Digest of the model that the packed values refer to.
+    regrown : Regrown or None
+        How to make the base from another model.
+    free : dict
+        grow: the freed filters that are trained. consolidate, judge: those driven to zero.
+    kept : dict
+        consolidate: the filters whose removal leaves the kept part, the second teacher.
+    layout : str or None
+        Digest of the layout of the packed values.
+    keep : str or None
+        Digest of the model that base and values make; the device keeps it as a later base.
+    anneal : tuple of float
+        consolidate: progress at the begin and at the end of this round, and where the scales
+        reach zero.
+    """
+
+    run: int
+    step: int = Field(ge=0)
+    phase: Phase
+    attempt: int = Field(ge=0)
+    round: int = Field(ge=0)
+    net: NetSpec
+    graph: Digest
+    base: Digest
+    regrown: Regrown | None
+    free: Channels
+    kept: Channels
+    scope: Literal["rows", "group", "all"]
+    layout: Digest | None
+    keep: Digest | None
+    epochs: int = Field(ge=0)
+    batch: int = Field(ge=2)
+    lr: float = Field(ge=0)
+    momentum: float = Field(ge=0, le=1)
+    weight_decay: float = Field(ge=0)
+    crop: int = Field(ge=0)
+    flip: bool
+    teaching: Teaching
+    anneal: tuple[float, float, float]
+    heldout: float = Field(gt=0, le=0.5)
+
+    def free_set(self) -> FreeSet:
+        """Return `free` as a free set."""
+        return as_free_set(self.free)
+
+
+class Report(_Frozen):
+    """A device's answer.
+
+    Attributes
+    ----------
+    declined : str or None
+        Why the device did not do what was asked; everything else is then zero.
+    right, prior_right, both_right : int
+        Held-out images that the received model, the base, and both of them get right.
+    """
+
+    device: str
+    declined: str | None = None
+    run: int = 0
+    step: int = 0
+    phase: str = ""
+    attempt: int = 0
+    round: int = 0
+    base: str = ""
+    layout: str | None = None
+    images: int = Field(0, ge=0)
+    heldout: int = Field(0, ge=0)
+    right: int = Field(0, ge=0)
+    prior_right: int = Field(0, ge=0)
+    both_right: int = Field(0, ge=0)
+    loss: float = 0.0
+    seconds: float = Field(0.0, ge=0)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+NEEDS_BASE = "needs base"
+"""`Report.declined` of a device that lacks the base: the server sends it and asks again."""
+
+
+def read_order(text: str) -> Order:
+    """Read an order.
+
+    Raises
+    ------
+    UpdateError
+        Naming the first field that is wrong.
+    """
+    return _read(Order, text)
+
+
+def read_report(text: str) -> Report:
+    """Read a report.
+
+    Raises
+    ------
+    UpdateError
+        Naming the first field that is wrong.
+    """
+    return _read(Report, text)
+
+
+def _read(kind: type[M], text: str) -> M:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UpdateError(
+            f"{kind.__name__.lower()} field '{where}' is {first.get('input')!r}: {first['msg']}"
+        ) from None
+
+
+def as_free_set(channels: Channels) -> FreeSet:
+    """Return plain lists as a free set."""
+    return FreeSet({name: tuple(indices) for name, indices in channels.items()})
+
+
+def as_channels(free: FreeSet) -> Channels:
+    """Return a free set as plain lists."""
+    return {name: list(indices) for name, indices in free.channels.items()}

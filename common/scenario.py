@@ -1,0 +1,122 @@
+"""A simulation's data: who has which images, from the settings alone.
+
+Server and simulated devices build the same scenario from the same settings, each in its own
+process; only what is asked for is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import cached_property
+
+import numpy as np
+
+from common.config import Config
+from common.data import ImageSet, Stream, by_class, by_share, has_split, open_source, partition
+from common.errors import ConfigError
+from common.seeds import numpy_rng
+
+
+class Scenario:
+    """Prior data, one part of new data a step, each dealt out over the devices, and test data.
+
+    Parameters
+    ----------
+    config : Config
+        The settings of the run; those under "data" count.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read.
+    ConfigError
+        If the settings ask for more images or classes than there are.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        size, channels = config.image_size or None, config.channels or None
+        self._source = open_source(config.data, size=size, channels=channels)
+        self.classes: tuple[str, ...] = self._source.classes
+        self.shape: tuple[int, int, int] = self._source.shape
+        self.images = len(self._source)
+        self._decoded: dict[int, ImageSet] = {}
+
+    @cached_property
+    def stream(self) -> Stream:
+        """Which training images belong to the prior and to each part."""
+        c = self._config
+        labels = self._source.labels
+        rng = numpy_rng("stream", c.seed)
+        if c.stream == "class":
+            order = rng.permutation(len(self.classes)).tolist()
+            first = c.prior_classes or max(1, len(self.classes) // (c.steps + 1))
+            return by_class(
+                labels, order, first, c.steps, rng, c.prior_size or None, c.part_size or None
+            )
+        images = len(labels)
+        part = c.part_size
+        if not part:
+            rest = images - c.prior_size
+            part = rest // (c.steps if c.prior_size else c.steps + 1)
+        if part < 1:
+            raise ConfigError(
+                f"prior-size {c.prior_size} leaves nothing of {images} images for {c.steps} "
+                "steps: lower it"
+            )
+        return by_share(labels, c.prior_size or part, [part] * c.steps, rng)
+
+    @cached_property
+    def prior(self) -> ImageSet:
+        """The operator's own data, for the prior."""
+        return self._source.take(self.stream.prior)
+
+    def part(self, step: int) -> ImageSet:
+        """Return all new images of a step (from 1), over all devices."""
+        if step not in self._decoded:
+            self._decoded = {step: self._source.take(self.stream.parts[step - 1])}
+        return self._decoded[step]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - one scenario lives as long as its process
+    def _dealt(self, step: int) -> list[np.ndarray]:
+        c = self._config
+        index = self.stream.parts[step - 1]
+        column = self._source.column(c.column)[index] if c.partition == "natural" else None
+        return partition(
+            c.partition,
+            self._source.labels[index],
+            c.devices,
+            numpy_rng("partition", c.seed, step),
+            alpha=c.alpha,
+            k=c.classes_per_device,
+            column=column,
+        )
+
+    def device(self, step: int, device: int) -> ImageSet:
+        """Return the new images of one device in a step; step 0 sees the first part."""
+        step = max(step, 1)
+        return self.part(step).select(self._dealt(step)[device])
+
+    def test(self) -> ImageSet | None:
+        """Return the test split, or None if the data has none."""
+        c = self._config
+        if not has_split(c.data, "test"):
+            return None
+        source = open_source(
+            c.data,
+            split="test",
+            classes=self.classes,
+            size=self.shape[1],
+            channels=self.shape[0],
+        )
+        return source.take(np.arange(len(source)))
+
+
+@functools.lru_cache(maxsize=1)
+def _scenario(text: str) -> Scenario:
+    return Scenario(Config.model_validate_json(text))
+
+
+def scenario_of(config: Config) -> Scenario:
+    """Return the scenario of `config`; the last one is kept for the process."""
+    return _scenario(config.model_dump_json())

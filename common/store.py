@@ -1,0 +1,205 @@
+"""Bundles on disk: safetensors and JSON, written atomically, read with their checksum.
+
+Whatever is written here is either whole or absent, also after a power cut: bytes go to a
+temporary file, are synced, and are renamed. Nothing that is read can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from common.errors import DiskError, StoreError
+from common.state import State, state_digest
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one clear error about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"no space left for {path}: free some, then continue with --resume"
+            ) from None
+        raise DiskError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that it is there whole or not at all.
+
+    Raises
+    ------
+    DiskError
+        If the disk is full or refuses; what `path` held before is untouched.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically, with its own checksum in ``sha256``.
+
+    Parameters
+    ----------
+    path : Path
+        Where to.
+    value : dict
+        JSON data without a key ``sha256``.
+    """
+    body = json.dumps(value, sort_keys=True)
+    text = json.dumps({**value, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises
+    ------
+    StoreError
+        If it is absent, torn or altered.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        stated = value.pop("sha256")
+    except FileNotFoundError:
+        raise StoreError(f"{path} is not there") from None
+    except (ValueError, KeyError, AttributeError):
+        raise StoreError(f"{path} is torn or no checkpoint of fallow") from None
+    body = json.dumps(value, sort_keys=True)
+    if hashlib.sha256(body.encode()).hexdigest() != stated:
+        raise StoreError(f"{path} was altered: its checksum does not match")
+    return dict(value)
+
+
+def write_state_file(path: Path, state: Mapping[str, torch.Tensor], **meta: str) -> None:
+    """Write a model state as safetensors, with its digest in the header."""
+    header = {**meta, "digest": state_digest(state)}
+    write_bytes(path, save(dict(state), metadata=header))
+
+
+def read_state_file(path: Path) -> State:
+    """Return the tensors of a safetensors file (see `read_state_and_header`)."""
+    return read_state_and_header(path)[0]
+
+
+def read_state_and_header(path: Path) -> tuple[State, dict[str, str]]:
+    """Read a safetensors state and its metadata; a digest in there is checked.
+
+    Raises
+    ------
+    StoreError
+        If it is absent, torn or altered.
+    """
+    try:
+        data = path.read_bytes()
+        state = load(data)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is not there") from None
+    except (SafetensorError, IsADirectoryError) as error:
+        raise StoreError(f"{path} is no readable safetensors file: {error}") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if "digest" in header and header["digest"] != state_digest(state):
+        raise StoreError(f"{path} was altered: its digest does not match")
+    return state, header
+
+
+class BundleStore:
+    """Model states in a folder, each named by its digest.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when first written to.
+    keep : int, optional
+        If given, at most so many are kept, the least recently used go first. Processes on one
+        machine may share the folder.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def path(self, digest: str) -> Path:
+        """Return where the state called `digest` is or would be."""
+        return self.folder / f"{digest}.safetensors"
+
+    def has(self, digest: str) -> bool:
+        """Return whether the state called `digest` is here."""
+        return self.path(digest).exists()
+
+    def put(self, state: Mapping[str, torch.Tensor]) -> str:
+        """Keep `state` and return its digest."""
+        digest = state_digest(state)
+        if not self.has(digest):
+            write_state_file(self.path(digest), state)
+            self._forget_oldest()
+        return digest
+
+    def get(self, digest: str) -> State:
+        """Return the state called `digest`.
+
+        Raises
+        ------
+        StoreError
+            If it is absent or damaged.
+        """
+        state = read_state_file(self.path(digest))
+        if self._keep is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self.path(digest))
+        return state
+
+    def retain(self, digests: set[str]) -> None:
+        """Remove every state that is not among `digests`."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem not in digests:
+                path.unlink(missing_ok=True)
+
+    def _forget_oldest(self) -> None:
+        if self._keep is None:
+            return
+        paths = sorted(self.folder.glob("*.safetensors"), key=_age, reverse=True)
+        for path in paths[self._keep :]:
+            path.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,232 @@
+"""The state of a run on disk: written after every round, read by --resume.
+
+``checkpoints/state-NNNNNN.json`` refers to tensors by digest in ``checkpoints/tensors``. Two
+states are kept, so that a newest one that is torn costs a round and not the run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.config import Config
+from common.errors import StoreError
+from common.filters import FreeSet
+from common.order import as_channels, as_free_set
+from common.sparsify import Attempt
+from common.store import BundleStore, read_json, write_json
+from server.plan import RunState, StepOutcome
+
+_FORMAT = 1
+_KEEP = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Everything that a run goes on from.
+
+    Attributes
+    ----------
+    state : RunState
+        Of the plan.
+    held : dict
+        Models that each device is known to hold.
+    records : dict
+        What the summary will say of the prior and of finished steps.
+    rounds : int
+        Lines of rounds.jsonl that belong to it.
+    """
+
+    state: RunState
+    held: dict[str, list[str]] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 0
+
+
+class CheckpointFolder:
+    """Checkpoints of one run.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the checkpoints.
+    config : Config
+        Settings of the run; a checkpoint of others is refused.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder = folder
+        self._config = config
+        self._tensors = BundleStore(folder / "tensors")
+
+    def exists(self) -> bool:
+        """Return whether there is any checkpoint."""
+        return bool(self._states())
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; those before the last are removed.
+
+        Raises
+        ------
+        DiskError
+            If the disk is full; the checkpoints that were there still are.
+        """
+        known = self._states()
+        number = int(known[-1].stem.split("-")[1]) + 1 if known else 0
+        path = self._folder / f"state-{number:06d}.json"
+        write_json(
+            path,
+            {
+                "format": _FORMAT,
+                "config": self._config.digest,
+                "settings": self._config.flat(),
+                "state": self._encode(checkpoint.state),
+                "held": checkpoint.held,
+                "records": checkpoint.records,
+                "rounds": checkpoint.rounds,
+            },
+        )
+        kept = [*known, path][-_KEEP:]
+        for old in known:
+            if old not in kept:
+                old.unlink()
+        self._tensors.retain({d for p in kept for d in _digests(p)})
+
+    def read(self) -> Checkpoint:
+        """Return the newest checkpoint that is whole.
+
+        Raises
+        ------
+        StoreError
+            If there is none, or it is of a run with other settings.
+        """
+        problems = []
+        for path in reversed(self._states()):
+            try:
+                value = read_json(path)
+                self._check(path, value)
+                return Checkpoint(
+                    self._decode(value["state"]), value["held"], value["records"], value["rounds"]
+                )
+            except _Foreign:
+                raise
+            except StoreError as error:
+                problems.append(str(error))
+        detail = f": {problems[0]}" if problems else ""
+        raise StoreError(f"no usable checkpoint in {self._folder}{detail}")
+
+    def _states(self) -> list[Path]:
+        return sorted(self._folder.glob("state-*.json"))
+
+    def _check(self, path: Path, value: dict[str, Any]) -> None:
+        if value.get("format") != _FORMAT:
+            raise _Foreign(
+                f"{path} has format {value.get('format')}, this version reads {_FORMAT}: finish "
+                "the run with the version that began it"
+            )
+        if value["config"] != self._config.digest:
+            mine = self._config.flat()
+            other = [
+                f"{key} {was!r} -> {mine.get(key)!r}"
+                for key, was in value["settings"].items()
+                if mine.get(key) != was
+            ]
+            raise _Foreign(
+                f"{path} is of another run ({', '.join(other[:4])}): resume with the same "
+                "settings or choose another --out"
+            )
+
+    def _encode(self, state: RunState) -> dict[str, Any]:
+        values = None
+        if state.values is not None:
+            values = self._tensors.put({"values": torch.from_numpy(state.values)})
+        scores = state.scores
+        return {
+            "step": state.step,
+            "phase": state.phase,
+            "attempt": state.attempt,
+            "round": state.round,
+            "share": state.share,
+            "kd_weight": state.kd_weight,
+            "prior": self._tensors.put(state.prior),
+            "base": self._tensors.put(state.base),
+            "values": values,
+            "source": state.source,
+            "free": as_channels(state.free),
+            "next_free": as_channels(state.next_free),
+            "heldout_prior": _number(state.heldout_prior),
+            "heldout_grown": _number(state.heldout_grown),
+            "attempts": [asdict(a) for a in state.attempts],
+            "lambdas": list(state.lambdas),
+            "scores": None if scores is None else {k: v.tolist() for k, v in scores.items()},
+            "finished": [_encode_step(outcome) for outcome in state.finished],
+            "done": state.done,
+        }
+
+    def _decode(self, value: dict[str, Any]) -> RunState:
+        values, scores = value["values"], value["scores"]
+        return RunState(
+            step=value["step"],
+            phase=value["phase"],
+            attempt=value["attempt"],
+            round=value["round"],
+            share=value["share"],
+            kd_weight=value["kd_weight"],
+            prior=self._tensors.get(value["prior"]),
+            base=self._tensors.get(value["base"]),
+            values=None if values is None else self._tensors.get(values)["values"].numpy(),
+            source=value["source"],
+            free=as_free_set(value["free"]),
+            next_free=as_free_set(value["next_free"]),
+            heldout_prior=_float(value["heldout_prior"]),
+            heldout_grown=_float(value["heldout_grown"]),
+            attempts=tuple(Attempt(**a) for a in value["attempts"]),
+            lambdas=tuple(value["lambdas"]),
+            scores=None if scores is None else {k: np.array(v) for k, v in scores.items()},
+            finished=tuple(_decode_step(step) for step in value["finished"]),
+            done=value["done"],
+        )
+
+
+class _Foreign(StoreError):
+    """A whole checkpoint of another run or version: an older one would be no better."""
+
+
+def _digests(path: Path) -> set[str]:
+    try:
+        state = read_json(path)["state"]
+    except StoreError:
+        return set()
+    return {state[name] for name in ("prior", "base", "values") if state[name]}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _encode_step(outcome: StepOutcome) -> dict[str, Any]:
+    value = {**vars(outcome), "free": as_channels(outcome.free)}
+    value["attempts"] = [asdict(a) for a in outcome.attempts]
+    value.update({k: _number(value[k]) for k in ("prior", "grown", "consolidated")})
+    return value
+
+
+def _decode_step(value: dict[str, Any]) -> StepOutcome:
+    return StepOutcome(
+        **{
+            **value,
+            **{k: _float(value[k]) for k in ("prior", "grown", "consolidated")},
+            "free": FreeSet({k: tuple(v) for k, v in value["free"].items()}),
+            "attempts": tuple(Attempt(**a) for a in value["attempts"]),
+            "lambdas": tuple(value["lambdas"]),
+        }
+    )

@@ -1,0 +1,146 @@
+"""The operator's command line: ``fallow``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+# One thread a process: two busy processes with two threads each wait for one another most of
+# the time. Set before torch is imported, and inherited by every worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Config
+from common.errors import ConfigError, FallowError
+
+app = typer.Typer(
+    help="Improve a CNN that is in use, with new data that never leaves the devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="Folder for everything that comes out.")],
+    data: Annotated[str | None, typer.Option(help="'digits', a folder or a file.")] = None,
+    net: Annotated[str | None, typer.Option(help="See `fallow nets`.")] = None,
+    width: Annotated[float | None, typer.Option(help="Width of the net.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, each on new data.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Simulated devices.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Dirichlet; small = skewed.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of growing a step.")] = None,
+    scope: Annotated[str | None, typer.Option(help="rows, group or all.")] = None,
+    share: Annotated[float | None, typer.Option(help="Of the filters to free.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Your model (safetensors).")] = None,
+    prior_size: Annotated[int | None, typer.Option(help="Images for the prior.")] = None,
+    part_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
+    proxy: Annotated[str | None, typer.Option(help="Unlabelled images at the server.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Images that calibrate int8.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same bytes.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    engine: Annotated[str, typer.Option(help="inline, or flower (Ray).")] = "inline",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting: KEY=VALUE.")
+    ] = None,
+) -> None:
+    """Run the whole cycle with simulated devices on this machine."""
+    from server import simulate as engines
+    from server.progress import make_progress
+    from server.report import summary_table
+
+    given = {
+        "data": data,
+        "net": net,
+        "width": width,
+        "steps": steps,
+        "devices": devices,
+        "alpha": alpha,
+        "rounds": rounds,
+        "scope": scope,
+        "share": share,
+        "prior": prior,
+        "prior-size": prior_size,
+        "part-size": part_size,
+        "proxy": proxy,
+        "calibration": calibration,
+        "seed": seed,
+        "workers": workers,
+    }
+    config = Config.parse(
+        {**{k: v for k, v in given.items() if v is not None}, **_assignments(settings or [])}
+    )
+    run = {"inline": engines.simulate_inline, "flower": engines.simulate_flower}.get(engine)
+    if run is None:
+        raise ConfigError(f"engine is '{engine}': use inline or flower")
+    command = shlex.join(["fallow", *sys.argv[1:]])
+    with make_progress() as progress:
+        summary = run(config, out, resume=resume, progress=progress, command=command)
+    console = Console()
+    console.print(summary_table(summary))
+    console.print(f"report  {out / 'report.html'}")
+
+
+@app.command()
+def settings() -> None:
+    """List every setting with its default."""
+    table = Table("setting", "default", "meaning")
+    for name, field in Config.model_fields.items():
+        table.add_row(name.replace("_", "-"), repr(field.default), field.description)
+    Console().print(table)
+
+
+@app.command()
+def nets() -> None:
+    """List the nets that are built in."""
+    from common.nets import WIDTHS
+
+    for name in WIDTHS:
+        typer.echo(name)
+    typer.echo("module:function (a net of your own)")
+
+
+def _assignments(texts: list[str]) -> dict[str, Any]:
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set is '{text}': write KEY=VALUE")
+        values[key] = value
+    return values
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command line; tell an error in one line and return its exit code."""
+    try:
+        command()
+    except FallowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: go on with --resume", file=sys.stderr)
+        return 130
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def main() -> None:
+    """Entry point of ``fallow``."""
+    sys.exit(run_command(app))
+
+
+if __name__ == "__main__":
+    main()

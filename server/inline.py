@@ -1,0 +1,169 @@
+"""A Flower grid in one process: the client app is called directly, on a few workers.
+
+No Ray, no SuperLink, no process per message. Each worker handles one device at a time on one
+thread, so what comes out does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+Settings = dict[str, Any]
+
+
+class InlineGrid(Grid):
+    """Nodes 1..n, each a simulated device.
+
+    Parameters
+    ----------
+    settings : mapping
+        Kebab-case settings of the run, for the devices.
+    devices : int
+        How many.
+    workers : int
+        Worker processes; 0 means one a core, at most one a device.
+    cache : str
+        Folder in which the devices keep their base models.
+
+    Notes
+    -----
+    Used as a context manager; the workers end with it.
+    """
+
+    poll_seconds = 0.005
+
+    def __init__(
+        self, settings: Mapping[str, Any], devices: int, workers: int, cache: str
+    ) -> None:
+        self._settings = dict(settings)
+        self._devices = devices
+        self._cache = cache
+        self._count = min(workers or len(os.sched_getaffinity(0)), devices)
+        self._pool: ProcessPoolExecutor | None = None
+        self._numbers = itertools.count(1)
+        self._pending: dict[str, Future[Message]] = {}
+        self._run = Run.create_empty(run_id=1)
+
+    def __enter__(self) -> InlineGrid:
+        _identify()
+        # Spawned, not forked: torch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self._count, context, _prepare)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message (see flwr.serverapp.Grid)."""
+        return Message(
+            content=content,
+            message_type=message_type,
+            dst_node_id=dst_node_id,
+            group_id=group_id,
+            ttl=ttl,
+        )
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return 1..n."""
+        return range(1, self._devices + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hand messages to the workers."""
+        assert self._pool is not None
+        identifiers = []
+        for message in messages:
+            identifier = f"inline-{next(self._numbers)}"
+            message.metadata.__dict__["_message_id"] = identifier
+            node = {
+                "partition-id": message.metadata.dst_node_id - 1,
+                "num-partitions": self._devices,
+                "cache": self._cache,
+            }
+            future = self._pool.submit(_answer, self._settings, node, message)
+            self._pending[identifier] = future
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there; an exception in a device is raised here."""
+        ready = [i for i in message_ids if i in self._pending and self._pending[i].done()]
+        return [self._pending.pop(identifier).result() for identifier in ready]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send and wait for all replies, or until `timeout` seconds have passed."""
+        waiting = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            for reply in self.pull_messages(sorted(waiting)):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+            time.sleep(self.poll_seconds)
+        return replies
+
+
+def _prepare() -> None:
+    """Set a worker up: one thread, so that sums round alike wherever a device is trained."""
+    torch.set_num_threads(1)
+    _identify()
+
+
+def _identify() -> None:
+    """Give this process the identity without which Flower makes no message."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+@lru_cache(maxsize=1)
+def _client_app() -> ClientApp:
+    from client.app import app
+
+    return app
+
+
+def _answer(settings: Settings, node: Settings, message: Message) -> Message:
+    """Let one device answer one message, in a worker."""
+    number = message.metadata.dst_node_id
+    context = Context(
+        run_id=1, node_id=number, node_config=node, state=RecordDict(), run_config=settings
+    )
+    return _client_app()(message, context)

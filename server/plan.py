@@ -1,0 +1,407 @@
+"""Steps and phases as a pure state machine: (plan, state, outcome) -> state.
+
+A step goes ``grow`` (AOD) -> ``weigh`` (is the grown model better, which filters matter) ->
+``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost accepted), back to
+``consolidate`` with a smaller share where it is not, and on to the next step. Step 0 exists
+only for a prior whose filters nobody has freed yet; it has no ``grow``.
+
+No function here does I/O or draws a random number, so a checkpoint is the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+
+import numpy as np
+from torch import nn
+
+from common.config import Config
+from common.errors import NetError
+from common.filters import FilterGraph, FreeSet
+from common.importance import bn_scale, choose, combine_ranks
+from common.layout import Layout, consolidation_layout, scope_layout
+from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
+from common.regrow import Diversity, regrow
+from common.seeds import seed_of
+from common.sparsify import Attempt, off_state, scale_factor
+from common.state import State, state_digest, write_state
+
+Scores = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays the same for a whole run."""
+
+    config: Config
+    spec: NetSpec
+    graph: FilterGraph
+    net: nn.Module
+    """Only its architecture is used; its weights are scratch space."""
+
+    @property
+    def diversity(self) -> Diversity:
+        """Shares of the re-initialisation rules."""
+        c = self.config
+        return Diversity(
+            c.regrow_orthogonal, c.regrow_kaiming, c.regrow_xavier, c.regrow_resample
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a finished step came to; accuracies on the devices' held-out data, in [0, 1]."""
+
+    step: int
+    prior: float
+    grown: float
+    consolidated: float
+    refusal: str | None
+    free: FreeSet
+    requested_share: float
+    attempts: tuple[Attempt, ...]
+    lambdas: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """Where a run is.
+
+    Attributes
+    ----------
+    prior : State
+        The model at the start of the step, its free filters off.
+    base : State
+        What `values` refer to: the regrown prior while growing, the grown model while
+        consolidating.
+    values : float32 array or None
+        Packed entries of the phase's layout; None where they equal the base's.
+    free, next_free : FreeSet
+        The freed filters that this step trains; those that its consolidation frees.
+    source : str or None
+        Digest of the model that `base` was regrown from.
+    """
+
+    step: int
+    phase: Phase
+    prior: State
+    base: State
+    free: FreeSet
+    share: float
+    kd_weight: float
+    next_free: FreeSet = field(default_factory=lambda: FreeSet({}))
+    values: np.ndarray | None = None
+    source: str | None = None
+    attempt: int = 0
+    round: int = 0
+    heldout_prior: float = math.nan
+    heldout_grown: float = math.nan
+    attempts: tuple[Attempt, ...] = ()
+    lambdas: tuple[float, ...] = ()
+    scores: Scores | None = None
+    finished: tuple[StepOutcome, ...] = ()
+    done: bool = False
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Digest of `base`."""
+        return state_digest(self.base)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a round's valid replies come to.
+
+    Attributes
+    ----------
+    values : float32 array or None
+        Aggregated packed values; None if nothing was trained.
+    heldout, right, prior_right, both_right : int
+        Sums of the devices' counts (see `common.order.Report`).
+    scores : list of dict
+        weigh: importances per layer, one dict a kind.
+    """
+
+    values: np.ndarray | None
+    heldout: int
+    right: int
+    prior_right: int
+    both_right: int
+    scores: tuple[Scores, ...] = ()
+
+
+def start(plan: Plan, prior: State, free: FreeSet) -> RunState:
+    """Return the state of a new run: at step 1, or at step 0 if nothing is free yet."""
+    config = plan.config
+    if free.empty:
+        return RunState(0, "weigh", prior, prior, free, config.share, config.kd_weight)
+    return _begin_step(plan, 1, prior, free, ())
+
+
+def _begin_step(
+    plan: Plan, step: int, prior: State, free: FreeSet, finished: tuple[StepOutcome, ...]
+) -> RunState:
+    config = plan.config
+    if free.empty and config.scope == "rows":
+        raise NetError(
+            f"no filter could be freed within max-drop {config.max_drop}, and scope 'rows' "
+            "trains nothing else: raise max-drop, lower share or use scope 'group'"
+        )
+    seed = _regrow_seed(plan, step)
+    base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+    return RunState(
+        step,
+        "grow",
+        prior,
+        base,
+        free,
+        config.share,
+        config.kd_weight,
+        source=state_digest(prior),
+        finished=finished,
+    )
+
+
+def _regrow_seed(plan: Plan, step: int) -> int:
+    return seed_of("regrow", plan.config.seed, step)
+
+
+def layout_of(plan: Plan, state: RunState) -> Layout:
+    """Return the layout of the packed values in the present phase."""
+    if state.phase in ("grow", "weigh"):
+        return scope_layout(plan.config.scope, plan.graph, state.free, state.base)
+    return consolidation_layout(plan.graph, state.next_free, state.base)
+
+
+def anneal_span(plan: Plan, state: RunState) -> tuple[float, float]:
+    """Return the progress of the consolidation at the begin and the end of this round."""
+    rounds = plan.config.consolidate_rounds
+    return state.round / rounds, min(state.round + 1, rounds) / rounds
+
+
+def current_model(plan: Plan, state: RunState) -> State:
+    """Return the model that the next round begins with."""
+    model = state.base
+    if state.values is not None:
+        model = layout_of(plan, state).unpack(state.base, state.values)
+    if state.phase in ("consolidate", "judge"):
+        progress = 1.0 if state.phase == "judge" else anneal_span(plan, state)[0]
+        factor = scale_factor(progress, plan.config.anneal)
+        model = off_state(model, plan.graph, state.next_free, factor)
+    return model
+
+
+def order_of(plan: Plan, state: RunState) -> Order:
+    """Return what the devices are asked to do next."""
+    config = plan.config
+    growing = state.phase == "grow"
+    rounds = config.rounds if growing else config.consolidate_rounds
+    peak = config.lr if growing else config.freeing_lr
+    training = state.phase in ("grow", "consolidate")
+    regrown = None
+    if state.phase in ("grow", "weigh") and state.source is not None:
+        regrown = Regrown(
+            source=state.source,
+            free=as_channels(state.free),
+            seed=_regrow_seed(plan, state.step),
+            diversity=plan.diversity.shares(),
+        )
+    begin, end = anneal_span(plan, state)
+    keep = None if training else state_digest(current_model(plan, state))
+    return Order(
+        run=config.seed,
+        step=state.step,
+        phase=state.phase,
+        attempt=state.attempt,
+        round=state.round,
+        net=plan.spec,
+        graph=plan.graph.digest,
+        base=state.base_digest,
+        regrown=regrown,
+        free=as_channels(state.free if state.phase in ("grow", "weigh") else state.next_free),
+        kept=as_channels(state.free),
+        scope=config.scope,
+        layout=layout_of(plan, state).digest,
+        keep=keep,
+        epochs=config.epochs if growing else config.consolidate_epochs,
+        batch=config.batch,
+        lr=peak * 0.5 * (1 + math.cos(math.pi * state.round / rounds)) if training else 0.0,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        crop=crop_of(config, plan.spec),
+        flip=config.flip and plan.spec.input_shape[0] == 3,
+        teaching=Teaching(
+            weight=state.kd_weight,
+            temperature=config.kd_temperature,
+            floor=config.kd_floor,
+            ntd_weight=config.ntd_weight,
+        ),
+        anneal=(begin, end, config.anneal),
+        heldout=config.heldout,
+    )
+
+
+def crop_of(config: Config, spec: NetSpec) -> int:
+    """Return the padding of the random crop, in pixels."""
+    return config.crop if config.crop >= 0 else spec.input_shape[1] // 8
+
+
+def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """Return the state after a round."""
+    steps = {
+        "grow": _after_grow,
+        "weigh": _after_weigh,
+        "consolidate": _after_consolidate,
+        "judge": _after_judge,
+    }
+    return steps[state.phase](plan, state, outcome)
+
+
+def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    done = state.round + 1
+    more: Phase = "grow" if done < plan.config.rounds else "weigh"
+    return replace(
+        state,
+        phase=more,
+        round=done if more == "grow" else 0,
+        values=outcome.values,
+        kd_weight=_steer(plan.config, state.kd_weight, outcome),
+        lambdas=(*state.lambdas, state.kd_weight),
+    )
+
+
+_STEER_UP, _STEER_DOWN, _STEER_RANGE = 1.25, 0.9, 4.0
+
+
+def _steer(config: Config, weight: float, outcome: Outcome) -> float:
+    """Return the next lambda: up while the devices lose what the prior knew, else down.
+
+    Used where the server has no images of its own to distil on; it steers by the share of the
+    held-out images that the prior gets right and the grown model still does.
+    """
+    if config.proxy or not outcome.prior_right:
+        return weight
+    kept = outcome.both_right / outcome.prior_right
+    weight *= _STEER_UP if kept < config.retention else _STEER_DOWN
+    low, high = config.kd_weight / _STEER_RANGE, config.kd_weight * _STEER_RANGE
+    return min(max(weight, low), high)
+
+
+def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    config = plan.config
+    prior, grown = outcome.prior_right / outcome.heldout, outcome.right / outcome.heldout
+    if state.step > 0 and grown < prior - config.accept_drop:
+        return _end_step(
+            plan,
+            replace(state, heldout_prior=prior, heldout_grown=grown),
+            model=state.prior,
+            free=state.free,
+            consolidated=prior,
+            refusal=(
+                f"grown model {grown:.4f} is worse than the prior {prior:.4f} on the devices' "
+                "held-out images: the prior stands"
+            ),
+        )
+    model = current_model(plan, state)
+    write_state(plan.net, model)
+    scores = combine_ranks([bn_scale(plan.net, plan.graph), *outcome.scores])
+    weighed = replace(
+        state,
+        phase="consolidate",
+        round=0,
+        base=model,
+        values=None,
+        source=None,
+        heldout_prior=prior,
+        heldout_grown=grown,
+        kd_weight=config.kd_weight,
+        scores=scores,
+    )
+    return _choose(plan, weighed)
+
+
+def _choose(plan: Plan, state: RunState) -> RunState:
+    """Pick the set to free at the present share; without one, the step ends with none."""
+    assert state.scores is not None
+    free = choose(plan.graph, state.scores, state.share, cap=plan.config.cap)
+    if free.empty or state.attempt >= plan.config.attempts:
+        return _end_step(plan, state, state.base, FreeSet({}), state.heldout_grown, None)
+    return replace(state, next_free=free)
+
+
+def _after_consolidate(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    done = state.round + 1
+    more: Phase = "consolidate" if done < plan.config.consolidate_rounds else "judge"
+    return replace(
+        state, phase=more, round=done if more == "consolidate" else 0, values=outcome.values
+    )
+
+
+def _after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    # Both accuracies come from the same devices and images, so that a change of devices
+    # between rounds cannot pass for a loss.
+    drop = (outcome.prior_right - outcome.right) / outcome.heldout
+    accepted = drop <= plan.config.max_drop
+    tried = Attempt(state.next_free.share(plan.graph), drop, accepted)
+    judged = replace(state, attempts=(*state.attempts, tried))
+    if accepted:
+        model = current_model(plan, state)
+        return _end_step(
+            plan, judged, model, state.next_free, outcome.right / outcome.heldout, None
+        )
+    again = replace(
+        judged,
+        phase="consolidate",
+        attempt=state.attempt + 1,
+        round=0,
+        values=None,
+        share=state.share * plan.config.shrink,
+    )
+    return _choose(plan, again)
+
+
+def _end_step(
+    plan: Plan,
+    state: RunState,
+    model: State,
+    free: FreeSet,
+    consolidated: float,
+    refusal: str | None,
+) -> RunState:
+    outcome = StepOutcome(
+        step=state.step,
+        prior=state.heldout_prior,
+        grown=state.heldout_grown,
+        consolidated=consolidated,
+        refusal=refusal,
+        free=free,
+        requested_share=plan.config.share,
+        attempts=state.attempts,
+        lambdas=state.lambdas,
+    )
+    finished = (*state.finished, outcome)
+    if state.step >= plan.config.steps:
+        return replace(
+            state, prior=model, free=free, values=None, finished=finished, done=True
+        )
+    return _begin_step(plan, state.step + 1, model, free, finished)
+
+
+def score_slices(graph: FilterGraph) -> Mapping[str, slice]:
+    """Return where each layer's scores stand in one packed array of scores."""
+    edges = np.cumsum([0, *(layer.width for layer in graph.layers)])
+    return {
+        layer.name: slice(int(a), int(b))
+        for layer, a, b in zip(graph.layers, edges[:-1], edges[1:], strict=True)
+    }
+
+
+def total_rounds(config: Config) -> int:
+    """Return the rounds of a run in which nothing is refused or repeated."""
+    return config.steps * (config.rounds + config.consolidate_rounds + 2)
+
+

@@ -1,0 +1,67 @@
+"""Orders and reports as Flower messages, with their size in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.errors import UpdateError
+from common.order import Order, Report, read_report
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A device's answer: its report, its update if any, and what it weighed on the wire."""
+
+    report: Report
+    update: np.ndarray | None
+    size: int
+
+
+def hello_message(grid: Grid, node: int) -> Message:
+    """Return the message that asks a node for its name."""
+    return grid.create_message(RecordDict(), "query", node, "hello")
+
+
+def order_message(
+    grid: Grid, node: int, order: Order, arrays: dict[str, np.ndarray]
+) -> tuple[Message, int]:
+    """Return an order as a message, and its size in bytes."""
+    content = RecordDict({"order": ConfigRecord({"json": order.model_dump_json()})})
+    if arrays:
+        content["arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
+    group = f"{order.step}.{order.phase}.{order.attempt}.{order.round}"
+    return grid.create_message(content, "train", node, group), _size(content)
+
+
+def read_reply(message: Message) -> Reply:
+    """Read a device's answer.
+
+    Raises
+    ------
+    UpdateError
+        If the node failed, or its answer is malformed.
+    """
+    if message.has_error():
+        raise UpdateError(f"node failed: {message.error.reason}")
+    try:
+        text = str(message.content.config_records["report"]["json"])
+    except KeyError:
+        raise UpdateError("reply has no report") from None
+    record: Any = message.content.array_records.get("arrays", {})
+    update = record["update"].numpy() if "update" in record else None
+    return Reply(read_report(text), update, _size(message.content))
+
+
+def _size(content: RecordDict) -> int:
+    arrays = sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+    texts = sum(
+        len(str(value)) for record in content.config_records.values() for value in record.values()
+    )
+    return arrays + texts
