@@ -46,6 +46,12 @@ def make_app(settings: Mapping[str, Any] | None = None) -> ClientApp:
         device = _device(context, config)
         try:
             order = read_order(str(message.content.config_records["order"]["json"]))
+            if ":" in order.net.name and order.net.name != config.net:
+                # module:function imports and runs code: only the device's own settings may.
+                raise ConfigError(
+                    f"the server asks for net '{order.net.name}', this device's settings name "
+                    f"'{config.net}': set net to it on the device if you trust it"
+                )
             accelerator = Accelerator.pick(config.accelerator, config.amp)
             report, update = carry_out(
                 order, _arrays(message), device, _bases(context), accelerator
@@ -80,7 +86,7 @@ def _bases(context: Context) -> Bases:
 
 
 def _arrays(message: Message) -> Arrays:
-    record = message.content.array_records.get("arrays", {})
+    record: Any = message.content.array_records.get("arrays", {})
     return Arrays(**{name: record[name].numpy() for name in ("base", "values") if name in record})
 
 

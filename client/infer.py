@@ -22,6 +22,9 @@ from common.errors import DataError
 
 FORMAT = "1"
 
+# Trailing axis of an array: none or one (grey), RGB, RGBA.
+_CHANNELS = ((), (1,), (3,), (4,))
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -121,22 +124,10 @@ class Classifier:
 
     def _pixels(self, image: Path | NDArray[np.uint8]) -> NDArray[np.uint8]:
         square = self.height if self.height == self.width else None
-        name = "array" if isinstance(image, np.ndarray) else str(image)
-        try:
-            if isinstance(image, np.ndarray):
-                if image.ndim not in (2, 3):
-                    raise ValueError
-                picture = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
-                pixels = fit_image(picture, size=square, channels=self.channels)
-            else:
-                pixels = read_image(image.read_bytes(), name, size=square, channels=self.channels)
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{name}: {image.dtype} {list(image.shape)} is no image; "
-                "give uint8 [H, W], [H, W, 3] or [H, W, 4]"
-            ) from error
+        if isinstance(image, np.ndarray):
+            name, pixels = "array", _fit_array(image, square, self.channels)
+        else:
+            name, pixels = str(image), _fit_file(image, square, self.channels)
         if pixels.shape[:2] != (self.height, self.width):
             raise DataError(
                 f"{name}: {pixels.shape[1]}x{pixels.shape[0]} pixels, the model needs exactly "
@@ -149,6 +140,24 @@ class Classifier:
         probabilities = tuple((shifted / shifted.sum()).tolist())
         label = int(logits.argmax())
         return Prediction(label, self.classes[label], probabilities[label], probabilities)
+
+
+def _fit_file(path: Path, size: int | None, channels: int) -> NDArray[np.uint8]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    return read_image(content, str(path), size=size, channels=channels)
+
+
+def _fit_array(array: NDArray[np.uint8], size: int | None, channels: int) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in _CHANNELS:
+        raise DataError(
+            f"array: {array.dtype} {list(array.shape)} is no image; "
+            "give uint8 [H, W], [H, W, 3] or [H, W, 4]"
+        )
+    picture = Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
+    return fit_image(picture, size=size, channels=channels)
 
 
 def predict_files(model: Path, images: Sequence[Path]) -> list[Prediction]:

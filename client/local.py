@@ -259,7 +259,7 @@ def _scores(net: nn.Module, graph: FilterGraph, data: Labelled, batch: int) -> n
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         device = next(net.parameters()).device
         x, y = data.x[:_SCORED_IMAGES].to(device), data.y[:_SCORED_IMAGES].to(device)
-        yield from zip(x.split(batch), y.split(batch), strict=True)
+        yield from zip(torch.split(x, batch), torch.split(y, batch), strict=True)
 
     kinds = [sensitivity(net, graph, batches()), taylor(net, graph, batches())]
     packed = [kind[layer.name] for kind in kinds for layer in graph.layers]

@@ -8,7 +8,7 @@ other modules read it. Torch-Pruning's dependency graph (Fang et al., "DepGraph"
 them once; from then on nothing but this table is used.
 
     graph = FilterGraph.build(net, (3, 32, 32))
-    free = choose(graph, [bn_scale(net, graph)], share=0.3)      # common.importance
+    free = choose(graph, bn_scale(net, graph), share=0.3)        # common.importance
     switch_off(net, graph, free)                                 # scales and shifts to zero
     slim = cut(net, graph, free)                                 # computes the same, is smaller
 """
@@ -126,7 +126,7 @@ class FilterGraph:
             head = _trace(probe, example)
             dependencies = tp.DependencyGraph()
             dependencies.build_dependency(probe, (example,), verbose=False)
-            layers = _find_layers(probe, dependencies, head)
+            layers = _find_layers(probe, dependencies)
         graph = cls(layers, input_shape, head)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             _check_cut(copy.deepcopy(net).cpu().eval().double(), graph)
@@ -343,6 +343,31 @@ def _resize(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
 
 
+def _pack(slot: Slot) -> dict[str, Any]:
+    packed = dict(vars(slot))
+    for field in ("channels", "index"):
+        values: tuple[int, ...] = packed[field]
+        if values == tuple(range(len(values))):
+            packed[field] = len(values)
+    return packed
+
+
+def _unpack(data: dict[str, Any]) -> Slot:
+    both = {
+        field: tuple(range(data[field])) if isinstance(data[field], int) else tuple(data[field])
+        for field in ("channels", "index")
+    }
+    return Slot(**{**data, **both})
+
+
+def _canonical(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _check_modules(net: nn.Module) -> None:
     """Refuse what no graph is needed to see."""
     seen: dict[Tensor, str] = {}
@@ -418,7 +443,7 @@ def _trace(net: nn.Module, example: Tensor) -> str:
     raise NetError("the net's output is not that of an nn.Linear: end it in a linear classifier")
 
 
-def _find_layers(net: nn.Module, dependencies: Any, head: str) -> tuple[Layer, ...]:
+def _find_layers(net: nn.Module, dependencies: Any) -> tuple[Layer, ...]:
     convs = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
     claimed: dict[tuple[str, int], set[int]] = {}
     layers: list[Layer] = []
@@ -426,7 +451,12 @@ def _find_layers(net: nn.Module, dependencies: Any, head: str) -> tuple[Layer, .
         rows = claimed.get((f"{name}.weight", 0), set())
         if rows or _depthwise(conv):
             continue
-        layer = _find_layer(net, dependencies, name, conv, head)
+        if conv not in dependencies.module2node:
+            raise NetError(
+                f"convolution {name!r} has no part in the logits (unused, detached or under "
+                "no_grad): remove it, or keep it in the graph"
+            )
+        layer = _find_layer(net, dependencies, name, conv)
         for slot in layer.slots:
             taken = claimed.setdefault((slot.tensor, slot.axis), set())
             if taken.intersection(slot.index):
@@ -445,7 +475,7 @@ def _find_layers(net: nn.Module, dependencies: Any, head: str) -> tuple[Layer, .
     return tuple(layers)
 
 
-def _find_layer(net: nn.Module, dependencies: Any, root: str, conv: nn.Conv2d, head: str) -> Layer:
+def _find_layer(net: nn.Module, dependencies: Any, root: str, conv: nn.Conv2d) -> Layer:
     names = {module: name for name, module in net.named_modules()}
     tensors = net.state_dict()
     order = {name: number for number, name in enumerate(tensors)}
@@ -455,8 +485,6 @@ def _find_layer(net: nn.Module, dependencies: Any, root: str, conv: nn.Conv2d, h
     for item in group.items:
         module = item.dep.target.module
         rows = dependencies.is_out_channel_pruning_fn(item.dep.handler)
-        if rows and names.get(module) == head:
-            raise NetError(f"convolution {root!r} is added to the logits: it cannot be freed")
         for key in _slots(module, names.get(module, ""), root, rows=rows):
             if key[0] not in order:
                 raise NetError(f"{key[0]!r} of layer {root!r} is computed, not a plain parameter")
@@ -560,28 +588,3 @@ def _cut_is_exact(net: nn.Module, graph: FilterGraph, free: FreeSet, images: Ten
         return False
     scale = expected.abs().max()
     return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-8 * scale)
-
-
-def _pack(slot: Slot) -> dict[str, Any]:
-    packed = dict(vars(slot))
-    for field in ("channels", "index"):
-        values: tuple[int, ...] = packed[field]
-        if values == tuple(range(len(values))):
-            packed[field] = len(values)
-    return packed
-
-
-def _unpack(data: dict[str, Any]) -> Slot:
-    both = {
-        field: tuple(range(data[field])) if isinstance(data[field], int) else tuple(data[field])
-        for field in ("channels", "index")
-    }
-    return Slot(**{**data, **both})
-
-
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

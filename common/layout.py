@@ -137,17 +137,6 @@ class Layout:
         return result
 
 
-def head_tensors(graph: FilterGraph, state: Mapping[str, torch.Tensor]) -> tuple[str, str | None]:
-    """Return the names of the classifier's weight and of its bias (or None)."""
-    own = {slot.tensor for layer in graph.layers for slot in layer.slots if slot.role == "own"}
-    for layer in graph.layers:
-        for slot in layer.slots:
-            if slot.role == "out" and slot.tensor not in own and state[slot.tensor].dim() == 2:
-                bias = slot.tensor.removesuffix("weight") + "bias"
-                return slot.tensor, bias if bias in state else None
-    raise UpdateError("the filter graph names no classifier")
-
-
 def dense_layout(graph: FilterGraph, state: Mapping[str, torch.Tensor]) -> Layout:
     """Return the layout of every entry of the net: a whole model in one array."""
     return scope_layout("all", graph, FreeSet({}), state)
@@ -171,7 +160,7 @@ def scope_layout(
     """
     freed = freed_index(graph, free)
     kinds = _kinds(graph)
-    head = head_tensors(graph, state) if graph.layers else ("", None)
+    head = (f"{graph.head}.weight", f"{graph.head}.bias")
     entries = []
     for name in sorted(state):
         shape = tuple(state[name].shape)

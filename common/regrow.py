@@ -84,9 +84,7 @@ def regrow(
     diversity = diversity or Diversity()
     freed = freed_index(graph, free)
     result = {name: tensor.clone() for name, tensor in state.items()}
-    kinds = {
-        s.tensor: s.kind for layer in graph.layers for s in layer.slots if s.role == "own"
-    }
+    kinds = {s.tensor: s.kind for layer in graph.layers for s in layer.slots if s.role == "own"}
     reset = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "var": 1.0, "bias": 0.0}
     for name in sorted(freed.own):
         rows = torch.from_numpy(freed.own[name])
@@ -126,8 +124,9 @@ def _draw(
             drawn[i] = kept[source[i]] + _JITTER * noise
 
     norm = kept.norm(dim=1).mean() if len(kept) else torch.tensor(math.sqrt(2.0))
-    drawn = drawn / drawn.norm(dim=1, keepdim=True).clamp_min(1e-12) * norm
-    return drawn.to(weight.dtype).view(count, *weight.shape[1:])
+    length = drawn.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    scaled: torch.Tensor = (drawn / length * norm).to(weight.dtype)
+    return scaled.view(count, *weight.shape[1:])
 
 
 def _assign(count: int, diversity: Diversity, rng: torch.Generator) -> list[str]:

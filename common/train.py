@@ -172,7 +172,7 @@ def predict(
     was_training = net.training
     net.eval()
     parts = []
-    for chunk in x.split(batch):
+    for chunk in torch.split(x, batch):
         with accelerator.autocast():
             parts.append(net(chunk.to(accelerator.device)).float().cpu())
     net.train(was_training)

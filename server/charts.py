@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID = "#a10001", "#a10002", "#a10003"
+DARK, PALE = "#a10007", "#a10008"
 GROW, CONSOLIDATE, FREE = "#a10004", "#a10005", "#a10006"
 _VARIABLES = {
     INK: "--ink",
@@ -30,6 +31,8 @@ _VARIABLES = {
     GROW: "--grow",
     CONSOLIDATE: "--consolidate",
     FREE: "--free",
+    DARK: "--dark",
+    PALE: "--pale",
 }
 _PHASES = {"free": FREE, "grow": GROW, "consolidate": CONSOLIDATE}
 _STYLE: dict[str, Any] = {
@@ -52,6 +55,9 @@ _STYLE: dict[str, Any] = {
 _WIDTH = 9.4  # inches; at the page's full width one point is then about 1.3 CSS pixels
 
 Summary = dict[str, Any]
+Point = tuple[float, float]
+Marker = tuple[str, str, float, list[Point]]
+Segment = tuple[tuple[int, str, int], int, list[dict[str, Any]]]
 
 
 def accuracy_by_round(summary: Summary, rounds: list[dict[str, Any]]) -> str:
@@ -92,8 +98,8 @@ def sizes(summary: Summary) -> str:
     models = [("full net, fp32", 4 * summary["prior"]["params_full"], MUTED)]
     for step in summary["steps"]:
         onnx, name = step["onnx"] or {"fp32": None, "int8": None}, f"step {step['step']}"
-        models += [(f"{name}, slim ONNX fp32", onnx["fp32"]["bytes"], GROW)] if onnx["fp32"] else []
-        models += [(f"{name}, slim ONNX int8", onnx["int8"]["bytes"], FREE)] if onnx["int8"] else []
+        models += [(f"{name}, slim ONNX fp32", onnx["fp32"]["bytes"], DARK)] if onnx["fp32"] else []
+        models += [(f"{name}, slim ONNX int8", onnx["int8"]["bytes"], PALE)] if onnx["int8"] else []
     return _drawn("sizes", 0.7 + 0.29 * len(models), lambda figure: _sizes(figure, models))
 
 
@@ -108,11 +114,11 @@ def _accuracy(figure: Figure, summary: Summary, rounds: list[dict[str, Any]]) ->
         axes.axvspan(start, start + len(records), color=_PHASES[phase], alpha=0.13, lw=0)
         if attempt:
             axes.axvline(start, color=MUTED, lw=0.8, ls=":")
-        points = [(start + at, r["heldout_accuracy"]) for at, r in enumerate(records)]
+        values = [record["heldout_accuracy"] for record in records]
         # A round reports the model that it began with; how the phase ended is in the summary.
         if index + 1 == len(segments) or segments[index + 1][0][:2] != (step, phase):
-            points.append((start + len(records), ends.get((step, phase))))
-        known = [(x, 100 * y) for x, y in points if y is not None]
+            values.append(ends.get((step, phase)))
+        known = [(start + at, 100 * value) for at, value in enumerate(values) if value is not None]
         seen += [y for _, y in known]
         marker = "o" if len(rounds) <= 80 else None
         axes.plot(*_columns(known), color=_PHASES[phase], lw=1.6, marker=marker, ms=3)
@@ -145,9 +151,7 @@ def _accuracy(figure: Figure, summary: Summary, rounds: list[dict[str, Any]]) ->
     _accuracy_legend(figure, [p for p in _PHASES if any(s[0][1] == p for s in segments)], markers)
 
 
-def _segments(
-    rounds: list[dict[str, Any]],
-) -> Iterator[tuple[tuple[int, str, int], int, list[dict[str, Any]]]]:
+def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
     """Yield ((step, phase, attempt), rounds before it, its rounds)."""
     start = 0
     for key, group in groupby(rounds, key=lambda r: (r["step"], r["phase"], r["attempt"])):
@@ -166,11 +170,9 @@ def _phase_ends(summary: Summary) -> dict[tuple[int, str], float | None]:
     return ends
 
 
-def _test_markers(
-    summary: Summary, segments: list[tuple[tuple[int, str, int], int, list[dict[str, Any]]]]
-) -> list[tuple[str, str, float, list[tuple[float, float]]]]:
+def _test_markers(summary: Summary, segments: list[Segment]) -> list[Marker]:
     """Return (name, marker, size, points) of the test accuracies that were measured."""
-    found: dict[str, list[tuple[float, float]]] = {"prior": [], "grown": [], "slim": []}
+    found: dict[str, list[Point]] = {"prior": [], "grown": [], "slim": []}
     for step in summary["steps"]:
         own = [segment for segment in segments if segment[0][0] == step["step"]]
         if not own:
@@ -189,17 +191,17 @@ def _test_markers(
 def _accuracy_legend(
     figure: Figure,
     phases: list[str],
-    markers: list[tuple[str, str, float, list[tuple[float, float]]]],
+    markers: list[Marker],
 ) -> None:
     handles: list[Line2D | Patch] = [
-        Line2D([], [], color=_PHASES[phase], marker="o", ms=3, label=f"held-out, {phase}")
+        Line2D([], [], color=_PHASES[phase], marker="o", ms=3, label=f"held-out: {phase}")
         for phase in phases
     ]
     for name, shape, size, _ in markers:
         face = INK if name == "prior" else "none"
         handles.append(
             Line2D(
-                [], [], ls="none", marker=shape, ms=size, mec=INK, mfc=face, label=f"test, {name}"
+                [], [], ls="none", marker=shape, ms=size, mec=INK, mfc=face, label=f"test: {name}"
             )
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -221,7 +223,7 @@ def _freeing(figure: Figure, freeings: list[dict[str, Any]]) -> None:
     costs = {x: 100 * row["cost"] for x, row in enumerate(freeings) if row["cost"] is not None}
     right.bar(list(costs), list(costs.values()), 0.45, color=FREE)
     for x in at:
-        _above(right, x, costs.get(x, 0), f"{costs[x]:+.1f}" if x in costs else "none")
+        _above(right, x, costs.get(x, 0), f"{costs[x]:+.1f}" if x in costs else "not measured")
     right.set_title("Its cost, points of held-out accuracy (below 0: a gain)")
     low, high = min([*costs.values(), 0]), max([*costs.values(), 0.5])
     right.set_ylim(low - (0.2 * (high - low) if low < 0 else 0), high + 0.2 * (high - low))
@@ -234,7 +236,7 @@ def _freeing(figure: Figure, freeings: list[dict[str, Any]]) -> None:
 
 def _above(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(
-        text.replace("-", "−"),
+        text.replace("-", "\N{MINUS SIGN}"),
         (x, y),
         xytext=(0, 2 if y >= 0 else -2),
         textcoords="offset points",
@@ -253,8 +255,8 @@ def _traffic(figure: Figure, summary: Summary) -> None:
     for row, (step, total) in enumerate(zip(steps, totals, strict=True)):
         up, dense = step["bytes_up"] / unit, step["bytes_dense_fedavg"]
         y = -2.6 * row
-        axes.barh(y, up, 0.9, color=GROW)
-        axes.barh(y, step["bytes_down"] / unit, 0.9, left=up, color=CONSOLIDATE)
+        axes.barh(y, up, 0.9, color=DARK)
+        axes.barh(y, step["bytes_down"] / unit, 0.9, left=up, color=PALE)
         axes.barh(y - 1, dense / unit, 0.9, fc="none", ec=MUTED)
         share = f" ({100 * total / dense:.0f} %)" if dense else ""
         _beside(axes, total / unit, y, f"{total / unit:.3g} {name}{share}")
@@ -267,8 +269,8 @@ def _traffic(figure: Figure, summary: Summary) -> None:
     axes.set_xlabel(name)
     axes.grid(axis="x")
     handles = [
-        Patch(color=GROW, label="up, devices to server"),
-        Patch(color=CONSOLIDATE, label="down, server to devices"),
+        Patch(color=DARK, label="up, devices to server"),
+        Patch(color=PALE, label="down, server to devices"),
         Patch(fc="none", ec=MUTED, label="dense FedAvg, both ways"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
@@ -308,7 +310,7 @@ def _limits(values: list[float]) -> tuple[float, float]:
     return max(low - room, 0.0), min(high + room, 100.5)
 
 
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 

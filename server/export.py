@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import logging
 import os
@@ -62,6 +63,9 @@ class OnnxReport:
 
 class _Normalised(nn.Module):
     """The net behind (x - mean) / std."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, net: nn.Module, normalisation: Normalisation) -> None:
         super().__init__()
@@ -203,8 +207,11 @@ def check_parity(
 
 def evaluation_copy(net: nn.Module) -> nn.Module:
     """Copy a net to the CPU, in evaluation mode and the default memory format."""
-    twin = copy.deepcopy(net).to(torch.device("cpu"), memory_format=torch.contiguous_format)
-    return twin.eval()
+    twin = copy.deepcopy(net).cpu().eval()
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        # channels_last weights would come out as a graph of strided gathers.
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return twin
 
 
 def open_session(path: Path) -> Any:
@@ -262,12 +269,18 @@ def _cause(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's and the quantiser's chatter out of the terminal."""
-    logger, root, sink = logging.getLogger("torch.onnx"), logging.getLogger(), logging.NullHandler()
+    logger, root, sink = logging.getLogger("torch"), logging.getLogger(), logging.NullHandler()
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     root.addHandler(sink)  # the quantiser logs to the root, which else installs a handler
+    # A net that torch cannot follow is printed in full; the error names the cause.
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

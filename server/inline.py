@@ -47,9 +47,7 @@ class InlineGrid(Grid):
 
     poll_seconds = 0.005
 
-    def __init__(
-        self, settings: Mapping[str, Any], devices: int, workers: int, cache: str
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Any], devices: int, workers: int, cache: str) -> None:
         self._settings = dict(settings)
         self._devices = devices
         self._cache = cache

@@ -47,9 +47,7 @@ class Plan:
     def diversity(self) -> Diversity:
         """Shares of the re-initialisation rules."""
         c = self.config
-        return Diversity(
-            c.regrow_orthogonal, c.regrow_kaiming, c.regrow_xavier, c.regrow_resample
-        )
+        return Diversity(c.regrow_orthogonal, c.regrow_kaiming, c.regrow_xavier, c.regrow_resample)
 
 
 @dataclass(frozen=True)
@@ -385,9 +383,7 @@ def _end_step(
     )
     finished = (*state.finished, outcome)
     if state.step >= plan.config.steps:
-        return replace(
-            state, prior=model, free=free, values=None, finished=finished, done=True
-        )
+        return replace(state, prior=model, free=free, values=None, finished=finished, done=True)
     return _begin_step(plan, state.step + 1, model, free, finished)
 
 
@@ -403,5 +399,3 @@ def score_slices(graph: FilterGraph) -> Mapping[str, slice]:
 def total_rounds(config: Config) -> int:
     """Return the rounds of a run in which nothing is refused or repeated."""
     return config.steps * (config.rounds + config.consolidate_rounds + 2)
-
-

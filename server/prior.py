@@ -107,7 +107,7 @@ def train_prior(
     )
     trained = read_state(net)
     scored = Labelled(data.x[:_SCORED_IMAGES], data.y[:_SCORED_IMAGES])
-    batches = list(zip(scored.x.split(128), scored.y.split(128), strict=True))
+    batches = list(zip(torch.split(scored.x, 128), torch.split(scored.y, 128), strict=True))
     scores = combine_ranks(
         [bn_scale(net, graph), sensitivity(net, graph, batches), taylor(net, graph, batches)]
     )

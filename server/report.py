@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from markupsafe import Markup
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,7 @@ from common.errors import StoreError
 from common.store import write_bytes
 
 Record = dict[str, Any]
+UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _HERE = Path(__file__).parent
 _SCOPES = {
     "rows": "the freed filters' own weights and BN, and the head",
@@ -114,7 +116,7 @@ def render_report(summary: Record, rounds: list[Record]) -> str:
         "points": points,
         "size": size,
         "duration": duration,
-        "number": lambda value, spec: "–" if value is None else format(value, spec),
+        "number": lambda value, spec: UNKNOWN if value is None else format(value, spec),
     }
     return environment.get_template("report.html.j2").render(
         run=summary,
@@ -145,11 +147,11 @@ def headline(summary: Record) -> str:
         where, before = "held-out", steps[0]["heldout"]["prior"]
         after = last["heldout"]["consolidated" if last["accepted"] else "prior"]
     change = f" ({points(after - before)})" if None not in (before, after) else ""
+    kept = percent(last["params_slim"] / last["params_full"], 0)
     count = "one step" if len(steps) == 1 else f"{len(steps)} steps"
     text = (
         f"In {count} the model went from {percent(before)} to {percent(after)} {where} "
-        f"accuracy{change}; slimmed, it keeps {percent(last['params_slim'] / last['params_full'], 0)} "
-        "of its parameters"
+        f"accuracy{change}; slimmed, it keeps {kept} of its parameters"
     )
     if last["onnx"]:
         text += f" and is an ONNX file of {size(last['onnx']['fp32']['bytes'])}"
@@ -164,18 +166,12 @@ def headline(summary: Record) -> str:
 def notices(summary: Record) -> list[tuple[str, str]]:
     """List what a reader must not miss, as (``bad`` or ``note``, text)."""
     found = []
-    done = len(summary["steps"])
+    done = f"steps completed: {len(summary['steps'])}"
     if summary["status"] == "interrupted":
-        found.append(
-            (
-                "bad",
-                f"Interrupted after {done} complete steps: this page shows what was finished. "
-                "Continue with --resume.",
-            )
-        )
+        found.append(("bad", f"The run was interrupted, {done}. To go on, add --resume."))
     if summary["status"] == "failed":
-        reason = summary.get("error") or "the log has the reason"
-        found.append(("bad", f"The run failed after {done} complete steps: {reason}."))
+        reason = summary.get("error") or "the log says why"
+        found.append(("bad", f"The run failed, {done}. {reason}"))
     for step in summary["steps"]:
         name = f"Step {step['step']}"
         before, after = step["prior_accuracy"], step["slim_accuracy"]
@@ -209,12 +205,17 @@ def summary_table(summary: Record) -> Table:
     title = f"{summary['data']['name']}, {summary['net']['name']}, seed {summary['seed']}"
     if summary["status"] != "complete":
         title += f": {summary['status']}"
-    table = Table(title=Text(title), caption="accuracy on test data, %; 1 MB = 1,000,000 bytes")
+    table = Table(
+        title=Text(title),
+        caption="accuracies on test data, in %; 1 MB = 1,000,000 bytes",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("step")
-    for name in ("prior", "grown", "slim", "freed", "params", "MB up", "MB down", "ONNX kB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("parity", justify="right", no_wrap=True)
-    table.add_column("s", justify="right", no_wrap=True)
+    heads = "prior|grown|slim|filters\nfreed|params\nkept|MB\nup|MB\ndown|ONNX\nkB|parity|time\ns"
+    for head in heads.split("|"):
+        table.add_column(head, justify="right", no_wrap=True)
     prior = summary["prior"]
     if prior:
         table.add_row(
@@ -231,9 +232,9 @@ def summary_table(summary: Record) -> Table:
             f"{step['step']}" if step["accepted"] else f"{step['step']} refused",
             *(_cell(step[f"{name}_accuracy"]) for name in ("prior", "grown", "slim")),
             *_slimness(step),
-            *(f"{step[f'bytes_{way}'] / 1e6:.2f}" for way in ("up", "down")),
-            f"{onnx['bytes'] / 1e3:.0f}" if onnx else "–",
-            f"{onnx['max_abs_diff']:.0e}" if onnx else "–",
+            *(_megabytes(step[f"bytes_{way}"]) for way in ("up", "down")),
+            f"{onnx['bytes'] / 1e3:.0f}" if onnx else UNKNOWN,
+            f"{onnx['max_abs_diff']:.0e}" if onnx else UNKNOWN,
             f"{step['seconds']:.0f}",
         )
     return table
@@ -241,12 +242,15 @@ def summary_table(summary: Record) -> Table:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a share as a percentage; unknown is a dash."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return UNKNOWN if value is None else f"{100 * value:.{digits}f} %"
 
 
 def points(value: float | None) -> str:
     """Format a difference of shares in signed percentage points."""
-    return "–" if value is None else f"{100 * value:+.1f} points".replace("-", "−")
+    if value is None:
+        return UNKNOWN
+    text = f"{100 * value:+.1f}"
+    return f"{'0.0' if float(text) == 0 else text.replace('-', MINUS)} points"
 
 
 def size(count: float) -> str:
@@ -268,7 +272,11 @@ def duration(seconds: float) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+    return UNKNOWN if value is None else f"{100 * value:.1f}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.{2 if count < 1e7 else 1}f}"
 
 
 def _slimness(row: Record) -> tuple[str, str]:
@@ -293,7 +301,7 @@ def _freeings(summary: Record) -> list[Record]:
             }
         )
     for step in summary["steps"]:
-        unknown = {"before": None, "after": None, "after_cut": None, "attempts": []}
+        unknown: Record = {"before": None, "after": None, "after_cut": None, "attempts": []}
         rows.append(
             {
                 "name": f"Step {step['step']}",

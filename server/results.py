@@ -317,5 +317,3 @@ def _freeing(outcome: StepOutcome) -> Record:
         "after_cut": outcome.consolidated,
         "attempts": _attempts(outcome.attempts),
     }
-
-

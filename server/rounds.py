@@ -147,9 +147,7 @@ def _exchange(
     layout = layout_of(plan, state)
     scored = 2 * sum(layer.width for layer in plan.graph.layers)
     share = config.sample if order.phase in ("grow", "consolidate") else 1.0
-    asked = fleet.sample(
-        share, config.seed, order.step, order.phase, order.attempt, order.round
-    )
+    asked = fleet.sample(share, config.seed, order.step, order.phase, order.attempt, order.round)
     names = {node: name for name, node in asked.items()}
     tally = Tally(len(asked))
     whole = dense_layout(plan.graph, state.base).pack(state.base)
@@ -300,5 +298,3 @@ def _record(
         "scope": plan.config.scope if state.phase == "grow" else "all",
         "scale": scale if consolidating else None,
     }
-
-

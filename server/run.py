@@ -35,7 +35,7 @@ from server.publish import publish
 from server.report import write_report, write_summary
 from server.results import Results
 from server.rounds import play_rounds
-from server.world import World, open_world
+from server.world import open_world
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RunFolder:
         return self.out / "rounds.jsonl"
 
     def model(self, step: int) -> Path:
-        """What a step publishes; step 0 is the prior."""
+        """Return where a step publishes its model; step 0 is the prior."""
         return self.out / "models" / f"step-{step}"
 
     @contextmanager
@@ -139,9 +139,8 @@ class _Conductor:
     def run(self, resume: bool) -> dict[str, Any]:
         checkpoint = self._last_checkpoint(resume)
         self._world = open_world(self._config)
-        self._results = Results(
-            self._world, self._engine, self._command, {} if checkpoint is None else checkpoint.records
-        )
+        records = {} if checkpoint is None else checkpoint.records
+        self._results = Results(self._world, self._engine, self._command, records)
         status, error = "failed", None
         try:
             if checkpoint is None:
@@ -277,4 +276,3 @@ class _Conductor:
 
     def _read_rounds(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._read_lines()[: self._lines]]
-

@@ -134,4 +134,3 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
     if len(numbers) != channels or not positive:
         raise ConfigError(f"{name} is '{text}': give {channels} comma-separated number(s)")
     return numbers
-

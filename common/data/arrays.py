@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ class ArraySource(Source):
     names : tuple of str, optional
         Class names, if known.
     options : ReadOptions
-    others : sequence of int64 arrays
+    others : iterable of int64 arrays
         Labels of the location's other splits.
     """
 
@@ -37,7 +37,7 @@ class ArraySource(Source):
         labels: IntArray | None,
         names: tuple[str, ...] | None,
         options: ReadOptions,
-        others: Sequence[IntArray] = (),
+        others: Iterable[IntArray] = (),
     ) -> None:
         if not len(images):
             raise DataError(f"{name}: no images; give a file that has some")

@@ -46,7 +46,7 @@ def _open(files: dict[str, Path], split: str, options: ReadOptions) -> Source:
     images: Pixels = _read(path, dimensions=3)
     if not options.labelled:
         return ArraySource(str(path), images, None, None, options)
-    others = [_labels(other) for name, other in files.items() if name != split]
+    others = (_labels(other) for name, other in files.items() if name != split)
     return ArraySource(str(path), images, _labels(path), None, options, others)
 
 
@@ -70,9 +70,9 @@ def _read(path: Path, dimensions: int) -> Pixels:
                     f"{path}: wrong magic number {head[:4].hex()}, "
                     f"{bytes((0, 0, 8, dimensions)).hex()} is expected; is this an IDX file?"
                 )
-            shape = tuple(int(n) for n in np.frombuffer(head, dtype=">i4", offset=4))
+            shape = tuple(int(n) for n in np.frombuffer(head, dtype=">u4", offset=4))
             size = math.prod(shape)
-            possible = min(shape) >= 0 and size <= path.stat().st_size * _MOST_PACKED
+            possible = size <= path.stat().st_size * _MOST_PACKED
             data = file.read(size + 1) if possible else b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: unreadable ({reason(error)}); replace it") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def resolve(
     options: ReadOptions,
     where: Callable[[int], str],
     *,
-    others: Sequence[IntArray] = (),
+    others: Iterable[IntArray] = (),
 ) -> tuple[IntArray, tuple[str, ...]]:
     """Check labels and refer them to the classes that the caller asked for.
 
@@ -36,8 +36,9 @@ def resolve(
     options : ReadOptions
     where : callable
         File and row of the i-th label, for error messages.
-    others : sequence of int64 arrays
-        The labels of the location's other splits: they count for K as well.
+    others : iterable of int64 arrays
+        The labels of the location's other splits: they count for K as well, and are asked for
+        only if nothing names the classes.
 
     Returns
     -------

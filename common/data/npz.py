@@ -58,7 +58,7 @@ def _open(path: Path, keys: dict[str, tuple[str, str]], split: str, options: Rea
     if not options.labelled:
         return ArraySource(f"{path}: {image}", images, None, None, options)
     labels = _labels(path, label)
-    others = [_labels(path, other) for _, other in keys.values() if other != label]
+    others = (_labels(path, other) for _, other in keys.values() if other != label)
     return ArraySource(f"{path}: {image}", images, labels, None, options, others)
 
 

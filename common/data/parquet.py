@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _open(files: dict[str, list[Path]], split: str, options: ReadOptions) -> Sou
     table = _Table(files[split])
     if not options.labelled:
         return ParquetSource(table, np.zeros(len(table), dtype=np.int64), None, options)
-    others = [_Table(other).labels() for name, other in files.items() if name != split]
+    others = (_Table(other).labels() for name, other in files.items() if name != split)
     return ParquetSource(table, table.labels(), table.class_names(), options, others)
 
 
@@ -84,7 +84,7 @@ class ParquetSource(Source):
         labels: IntArray,
         names: tuple[str, ...] | None,
         options: ReadOptions,
-        others: Sequence[IntArray] = (),
+        others: Iterable[IntArray] = (),
     ) -> None:
         labels, classes = resolve(labels, names, options, table.where, others=others)
         self._table = table
@@ -161,7 +161,7 @@ class _Table:
         missing = np.flatnonzero(values.is_null())
         if missing.size:
             raise DataError(f"{self.where(int(missing[0]))}: no {name}; fill it in")
-        return np.asarray(values.to_numpy(), dtype=np.int64)
+        return np.array(values.to_numpy(), dtype=np.int64)
 
     def column(self, name: str) -> Any:
         """Return a whole column as an Arrow chunked array."""

@@ -156,11 +156,11 @@ def natural(column: TextArray, devices: int | None = None) -> Partition:
     values, value_of = np.unique(column, return_inverse=True)
     if devices is None:
         return _by_owner(value_of.astype(np.int64), len(values))
-    _check_devices(devices, len(column))
     if devices > len(values):
         raise ConfigError(
             f"devices: {devices}; the column has only {len(values)} values, use at most that many"
         )
+    _check_devices(devices, len(column))
     largest_first = np.argsort(-np.bincount(value_of), kind="stable")
     device_of = np.empty(len(values), dtype=np.int64)
     device_of[largest_first] = np.arange(len(values)) % devices

@@ -81,6 +81,15 @@ def test_without_names_classes_are_numbered_over_both_splits(tmp_path: Path) -> 
     assert open_source(str(tmp_path), split="test").classes == expected
 
 
+def test_a_test_split_without_labels_does_not_matter_where_classes_are_named(
+    tmp_path: Path,
+) -> None:
+    names = ["cat", "dog"]
+    write(tmp_path / "train.parquet", pictures(2), [0, 1], names=names)
+    write(tmp_path / "test.parquet", pictures(2), [None, None], names=names)
+    assert open_source(str(tmp_path)).classes == ("cat", "dog")
+
+
 def test_labels_are_mapped_by_name_to_the_classes_asked_for(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", pictures(3), [0, 1, 1], names=["cat", "dog"])
     source = open_source(str(file), classes=["dog", "eel", "cat"])

@@ -366,6 +366,12 @@ def test_the_weights_do_not_matter() -> None:
         for parameter in net.parameters():
             parameter.zero_()
     assert FilterGraph.build(net, (3, 32, 32)) == expected
+    shuffled = Chain(Shuffle())
+    with torch.no_grad():
+        for parameter in shuffled.parameters():
+            parameter.zero_()
+    with pytest.raises(NetError, match="shuffle"):
+        FilterGraph.build(shuffled, (3, 16, 16))
 
 
 def test_resnet110_takes_a_few_seconds() -> None:
@@ -514,6 +520,15 @@ class Idle(nn.Module):
         return F.relu(x)
 
 
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.aside(x).detach())
+
+
 class Bypass(nn.Module):
     """A convolution without BatchNorm, added to one that has it."""
 
@@ -567,11 +582,6 @@ def scored_by_a_convolution() -> nn.Module:
 
 
 def added_to_the_logits() -> nn.Module:
-    class Added(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(8, 5)
-            self.side = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -613,6 +623,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "run twice": (lambda: Chain(Twice()), "Conv2d 'between.conv' is run 2 times"),
     "never run": (lambda: Chain(Idle()), "'between.aside' is run 0 times"),
+    "detached": (lambda: Chain(Detached()), "'between.aside' has no part in the logits"),
     "shared": (shared, "'bn1.weight' and 'between.1.weight' are one shared tensor"),
     "depthwise on the image": (on_the_image, "'0' reads the image itself"),
     "added to the image": (added_to_the_image, "layer 'first.0'"),

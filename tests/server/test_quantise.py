@@ -1,5 +1,6 @@
 """The int8 version: nearly as good, smaller, reproducible, clean."""
 
+import copy
 import itertools
 import logging
 import tempfile
@@ -66,8 +67,13 @@ def export(net: nn.Module, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(trained_net(), tmp_path_factory.mktemp("fp32") / "model.onnx")
+def net() -> nn.Module:
+    return trained_net()
+
+
+@pytest.fixture(scope="module")
+def fp32(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(net, tmp_path_factory.mktemp("fp32") / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +150,8 @@ def test_nothing_else_is_left_behind_and_nothing_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
-def test_filters_that_are_exactly_zero_do_no_harm(tmp_path: Path) -> None:
-    net = trained_net()
+def test_filters_that_are_exactly_zero_do_no_harm(net: nn.Module, tmp_path: Path) -> None:
+    net = copy.deepcopy(net)
     with torch.no_grad():
         for parameter in net[1][1].parameters():  # a freed half, not yet cut out
             parameter[:16] = 0
