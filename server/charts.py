@@ -34,7 +34,7 @@ _VARIABLES = {
     DARK: "--dark",
     PALE: "--pale",
 }
-_PHASES = {"free": FREE, "grow": GROW, "consolidate": CONSOLIDATE}
+_PHASES = {"grow": GROW, "consolidate": CONSOLIDATE}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -106,18 +106,13 @@ def sizes(summary: Summary) -> str:
 def _accuracy(figure: Figure, summary: Summary, rounds: list[dict[str, Any]]) -> None:
     axes = figure.subplots()
     segments = list(_segments(rounds))
-    ends = _phase_ends(summary)
     seen: list[float] = []
 
-    for index, (key, start, records) in enumerate(segments):
-        step, phase, attempt = key
+    for (_, phase, attempt), start, records in segments:
         axes.axvspan(start, start + len(records), color=_PHASES[phase], alpha=0.13, lw=0)
         if attempt:
             axes.axvline(start, color=MUTED, lw=0.8, ls=":")
         values = [record["heldout_accuracy"] for record in records]
-        # A round reports the model that it began with; how the phase ended is in the summary.
-        if index + 1 == len(segments) or segments[index + 1][0][:2] != (step, phase):
-            values.append(ends.get((step, phase)))
         known = [(start + at, 100 * value) for at, value in enumerate(values) if value is not None]
         seen += [y for _, y in known]
         marker = "o" if len(rounds) <= 80 else None
@@ -152,22 +147,20 @@ def _accuracy(figure: Figure, summary: Summary, rounds: list[dict[str, Any]]) ->
 
 
 def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
-    """Yield ((step, phase, attempt), rounds before it, its rounds)."""
+    """Yield ((step, phase, attempt), rounds before it, its rounds).
+
+    The exchange that only measures what a phase came to belongs to that phase.
+    """
     start = 0
-    for key, group in groupby(rounds, key=lambda r: (r["step"], r["phase"], r["attempt"])):
+    for key, group in groupby(rounds, key=_segment_of):
         records = list(group)
         yield key, start, records
         start += len(records)
 
 
-def _phase_ends(summary: Summary) -> dict[tuple[int, str], float | None]:
-    ends: dict[tuple[int, str], float | None] = {}
-    if summary["prior"] is not None:
-        ends[0, "free"] = summary["prior"]["after_freeing"]
-    for step in summary["steps"]:
-        ends[step["step"], "grow"] = step["heldout"]["grown"]
-        ends[step["step"], "consolidate"] = step["heldout"]["consolidated"]
-    return ends
+def _segment_of(record: dict[str, Any]) -> tuple[int, str, int]:
+    phase = {"weigh": "grow", "judge": "consolidate"}.get(record["phase"], record["phase"])
+    return record["step"], phase, record["attempt"]
 
 
 def _test_markers(summary: Summary, segments: list[Segment]) -> list[Marker]:
@@ -177,12 +170,11 @@ def _test_markers(summary: Summary, segments: list[Segment]) -> list[Marker]:
         own = [segment for segment in segments if segment[0][0] == step["step"]]
         if not own:
             continue
-        grown = [start + len(records) for (_, phase, _), start, records in own if phase == "grow"]
-        at = {"prior": own[0][1], "slim": own[-1][1] + len(own[-1][2])}
-        at |= {"grown": grown[-1]} if grown else {}
+        ends = {phase: start + len(records) - 1 for (_, phase, _), start, records in own}
+        at = {"prior": own[0][1], "grown": ends.get("grow"), "slim": ends.get("consolidate")}
         for name, x in at.items():
             value = step[f"{name}_accuracy"]
-            if value is not None:
+            if x is not None and value is not None:
                 found[name].append((x, 100 * value))
     shapes = [("prior", "o", 5.0), ("grown", "^", 8.0), ("slim", "s", 9.0)]
     return [(name, shape, size, found[name]) for name, shape, size in shapes if found[name]]

@@ -113,7 +113,7 @@ class CheckpointFolder:
                 return Checkpoint(
                     self._decode(value["state"]), value["held"], value["records"], value["rounds"]
                 )
-            except _Foreign:
+            except _ForeignError:
                 raise
             except StoreError as error:
                 problems.append(str(error))
@@ -125,7 +125,7 @@ class CheckpointFolder:
 
     def _check(self, path: Path, value: dict[str, Any]) -> None:
         if value.get("format") != _FORMAT:
-            raise _Foreign(
+            raise _ForeignError(
                 f"{path} has format {value.get('format')}, this version reads {_FORMAT}: finish "
                 "the run with the version that began it"
             )
@@ -136,7 +136,7 @@ class CheckpointFolder:
                 for key, was in value["settings"].items()
                 if mine.get(key) != was
             ]
-            raise _Foreign(
+            raise _ForeignError(
                 f"{path} is of another run ({', '.join(other[:4])}): resume with the same "
                 "settings or choose another --out"
             )
@@ -193,7 +193,7 @@ class CheckpointFolder:
         )
 
 
-class _Foreign(StoreError):
+class _ForeignError(StoreError):
     """A whole checkpoint of another run or version: an older one would be no better."""
 
 

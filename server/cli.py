@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from common.command import run_command
 from common.config import Config
-from common.errors import ConfigError, FallowError
+from common.errors import ConfigError
 
 app = typer.Typer(
     help="Improve a CNN that is in use, with new data that never leaves the devices.",
@@ -120,21 +120,6 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set is '{text}': write KEY=VALUE")
         values[key] = value
     return values
-
-
-def run_command(command: Callable[[], None]) -> int:
-    """Run a command line; tell an error in one line and return its exit code."""
-    try:
-        command()
-    except FallowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: go on with --resume", file=sys.stderr)
-        return 130
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def main() -> None:

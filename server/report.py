@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +175,7 @@ def notices(summary: Record) -> list[tuple[str, str]]:
         name = f"Step {step['step']}"
         before, after = step["prior_accuracy"], step["slim_accuracy"]
         if not step["accepted"]:
-            found.append(
-                ("bad", f"{name} was refused: {step['refusal']}. The model before it stands.")
-            )
+            found.append(("bad", f"{name} was refused: {step['refusal']}."))
         elif None not in (before, after) and after < before:
             found.append(
                 (
@@ -319,23 +316,22 @@ def _freeings(summary: Record) -> list[Record]:
 
 def _participation(rounds: list[Record]) -> list[Record]:
     """Sum up for every phase which devices were asked, used and declined, and why."""
+    phases: dict[tuple[int, str], list[Record]] = {}
+    for record in rounds:
+        phases.setdefault((record["step"], record["phase"]), []).append(record)
     rows = []
-    for (step, phase), group in groupby(rounds, key=lambda r: (r["step"], r["phase"])):
-        records = list(group)
+    for (step, phase), records in phases.items():
         reasons: Counter[str] = Counter()
         for record in records:
             reasons.update(record["declined"])
+        summed = ("devices_asked", "devices_used", "bytes_up", "bytes_down", "seconds")
         rows.append(
             {
                 "step": step,
                 "phase": phase,
                 "rounds": len(records),
-                "asked": sum(r["devices_asked"] for r in records),
-                "used": sum(r["devices_used"] for r in records),
-                "declined": sorted(reasons.items()),
-                "bytes_up": sum(r["bytes_up"] for r in records),
-                "bytes_down": sum(r["bytes_down"] for r in records),
-                "seconds": sum(r["seconds"] for r in records),
+                "declined": reasons.most_common(),
+                **{name: sum(record[name] for record in records) for name in summed},
             }
         )
     return rows

@@ -1,10 +1,15 @@
-"""Readers, partitions over devices, streams of steps."""
+"""Readers, partitions over devices, streams of steps.
 
-from common.data.augment import Augment
+What needs torch or pyarrow is imported when first asked for: a phone-like device classifies with
+:mod:`common.data.decode` and has neither.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from common.data.dataset import ImageSet, IntArray, Pixels, Source, TextArray
 from common.data.decode import read_image
 from common.data.holdout import holdout_mask, split_holdout
-from common.data.normalise import Normalisation
 from common.data.partition import (
     Partition,
     PartitionKind,
@@ -14,8 +19,26 @@ from common.data.partition import (
     natural,
     partition,
 )
-from common.data.readers import has_split, open_source
 from common.data.stream import Stream, by_class, by_share
+
+if TYPE_CHECKING:
+    from common.data.augment import Augment
+    from common.data.normalise import Normalisation
+    from common.data.readers import has_split, open_source
+
+_LATE = {
+    "Augment": "augment",
+    "Normalisation": "normalise",
+    "has_split": "readers",
+    "open_source": "readers",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+
 
 __all__ = [
     "Augment",

@@ -1,0 +1,59 @@
+# Two commands do all on a fresh machine with Python 3.11+ and make:
+#   make demo    the whole cycle on built-in data
+#   make test    the quick test suite
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/demo
+DATA   ?= digits
+
+export OMP_NUM_THREADS = 1
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.DEFAULT_GOAL := help
+
+.PHONY: help env lock demo test lint test-slow simulate bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.made ## build the environment from the pinned versions
+
+$(VENV)/.made: pyproject.toml deploy/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
+	touch $@
+
+lock: env ## write the installed versions into deploy/constraints.txt
+	{ echo '# Every version that the environment is built with (make env). Made by: make lock'; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > deploy/constraints.new
+	mv deploy/constraints.new deploy/constraints.txt
+
+demo: env ## the whole cycle on built-in images, under five minutes (OUT=folder)
+	rm -rf $(OUT)
+	$(BIN)/fallow simulate --data digits --net resnet8 --width 32 --steps 2 --devices 4 --rounds 4 \
+	  --calibration digits --out $(OUT)
+
+test: env lint ## types, style and the quick tests
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+lint: env ## types and style alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: env ## the tests that take minutes: Ray, and real server and device processes
+	$(BIN)/python -m pytest -q -m slow
+
+simulate: env ## the same through `flwr run` on Ray (DATA=digits or a path)
+	PATH="$(abspath $(BIN)):$$PATH" deploy/flwr-run.sh $(OUT)-flower $(DATA)
+
+bench: env ## reproduce the table of the README (needs DATA=folder with CIFAR-10, 15 minutes)
+	$(BIN)/python tests/bench/main_job.py --data $(DATA)
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+"""How both command lines end: one line for an error, and its exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from common.errors import FallowError
+
+INTERRUPTED = 130
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command line and return its exit code; an error is told in one line."""
+    try:
+        command()
+    except FallowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: go on with --resume", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
