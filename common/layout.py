@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from common.errors import UpdateError
-from common.filters import FilterGraph, FreeSet, freed_index
+from common.filters import BN_KINDS, FilterGraph, FreeSet, freed_index
 from common.state import State
 
 Scope = Literal["rows", "group", "all"]
@@ -159,7 +159,7 @@ def scope_layout(
         Any state of the net; only names and shapes are read.
     """
     freed = freed_index(graph, free)
-    kinds = _kinds(graph)
+    kinds = _kinds(graph, state)
     head = (f"{graph.head}.weight", f"{graph.head}.bias")
     entries = []
     for name in sorted(state):
@@ -199,11 +199,17 @@ def consolidation_layout(
 _BN = ("scale", "shift", "mean", "var")
 
 
-def _kinds(graph: FilterGraph) -> dict[str, str]:
-    """Return what each tensor that holds the filters' own entries is."""
-    return {
+def _kinds(graph: FilterGraph, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return what each tensor is that is a bias or belongs to a BN; all others are weights."""
+    kinds: dict[str, str] = {
         slot.tensor: slot.kind
         for layer in graph.layers
         for slot in layer.slots
         if slot.role == "own"
     }
+    # A BN on the image or behind a hidden linear layer belongs to no filter group.
+    for name in state:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "running_mean":
+            kinds |= {f"{owner}.{leaf}": kind for leaf, kind in BN_KINDS.items()}
+    return kinds

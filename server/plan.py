@@ -395,6 +395,18 @@ def score_slices(graph: FilterGraph) -> Mapping[str, slice]:
     }
 
 
-def total_rounds(config: Config) -> int:
-    """Return the rounds of a run in which nothing is refused or repeated."""
-    return config.steps * (config.rounds + config.consolidate_rounds + 2)
+def rounds_left(plan: Plan, state: RunState) -> int:
+    """Return how many rounds are still to play if nothing is refused from here on."""
+    config = plan.config
+    if state.done:
+        return 0
+    of_step = {
+        "grow": config.rounds,
+        "weigh": 1,
+        "consolidate": config.consolidate_rounds,
+        "judge": 1,
+    }
+    phases = list(of_step)
+    here = phases.index(state.phase)
+    rest = sum(of_step[phase] for phase in phases[here:]) - state.round
+    return rest + (config.steps - state.step) * sum(of_step.values())

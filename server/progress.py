@@ -93,13 +93,6 @@ class RunProgress(Progress):
         self._console = console or Console()
         self._clock = clock
         self._began = clock()
-        # Not console.is_terminal: FORCE_COLOR makes that true for files too.
-        terminal = self._console.file.isatty() and not self._console.is_dumb_terminal
-        self._live: Live | None = None
-        if terminal:
-            self._live = Live(
-                console=self._console, get_renderable=self._render, refresh_per_second=4
-            )
         self._where = ""
         self._done, self._total = 0, 0  # rounds of this phase, or pieces of this stage
         self._in_rounds = False
@@ -107,6 +100,11 @@ class RunProgress(Progress):
         self._accuracy: float | None = None
         self._bytes = {"up": 0, "down": 0}
         self._estimate = RoundTimes()
+        # Not console.is_terminal: FORCE_COLOR makes that true for files too.
+        terminal = self._console.file.isatty() and not self._console.is_dumb_terminal
+        self._live: Live | None = None
+        if terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, transient=True)
 
     def __enter__(self) -> Self:
         if self._live:

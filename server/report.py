@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from markupsafe import Markup
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from common.errors import StoreError
 from common.store import write_bytes
+from server.page import TEMPLATE
 
 Record = dict[str, Any]
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -104,7 +105,7 @@ def render_report(summary: Record, rounds: list[Record]) -> str:
         "sizes": charts.sizes(summary) if summary["prior"] else "",
     }
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=DictLoader({"report": TEMPLATE}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -117,7 +118,7 @@ def render_report(summary: Record, rounds: list[Record]) -> str:
         "duration": duration,
         "number": lambda value, spec: UNKNOWN if value is None else format(value, spec),
     }
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("report").render(
         run=summary,
         rounds=rounds,
         headline=headline(summary),

@@ -28,7 +28,7 @@ from common.store import disk_errors, write_bytes
 from server.checkpoint import Checkpoint, CheckpointFolder
 from server.distill import ProxyDistiller
 from server.fleet import Fleet
-from server.plan import RunState, current_model, start, total_rounds
+from server.plan import RunState, current_model, rounds_left, start
 from server.prior import Prior, bring_prior, train_prior
 from server.progress import Progress
 from server.publish import publish
@@ -201,10 +201,10 @@ class _Conductor:
         )
 
     def _play(self, checkpoint: Checkpoint) -> None:
-        config, plan = self._config, self._world.plan
+        plan = self._world.plan
         state = checkpoint.state
         self._trim_rounds(checkpoint.rounds)
-        self._progress.plan(total_rounds(config), done=checkpoint.rounds)
+        self._progress.plan(checkpoint.rounds + rounds_left(plan, state), done=checkpoint.rounds)
         fleet = Fleet(self._grid, checkpoint.held)
         distiller = None
         if self._world.proxy is not None:
@@ -220,17 +220,24 @@ class _Conductor:
             self._checkpoints.write(
                 Checkpoint(after, fleet.held, self._results.records, self._lines)
             )
-            self._announce(after)
+            if after.phase != before.phase or after.attempt != before.attempt:
+                expected = self._lines + rounds_left(plan, after)
+                self._progress.plan(expected, done=checkpoint.rounds)
+                self._announce(after)
 
         self._announce(state)
         play_rounds(self._grid, plan, state, fleet, self._progress, after_round, distiller)
 
     def _announce(self, state: RunState) -> None:
-        if state.done or state.round:
+        if state.done:
             return
         rounds = {"grow": self._config.rounds, "consolidate": self._config.consolidate_rounds}
         self._progress.phase(
-            state.step, self._config.steps, state.phase, rounds.get(state.phase, 1)
+            state.step,
+            self._config.steps,
+            state.phase,
+            rounds.get(state.phase, 1),
+            done=state.round,
         )
 
     def _note_changes(self, before: RunState, after: RunState) -> None:

@@ -177,10 +177,15 @@ def test_the_display_fits_the_terminal(plain: RunProgress, width: int) -> None:
 def test_the_live_display_ends_cleanly_after_an_error(clock: Clock) -> None:
     file = Terminal()
     console = Console(file=file, force_terminal=True, width=80)
-    with pytest.raises(RuntimeError), RunProgress(console, clock) as progress:
-        progress.phase(1, 2, "grow", 3)
-        progress.message("device 3 is slow")
-        raise RuntimeError
+
+    def fail() -> None:
+        with RunProgress(console, clock) as progress:
+            progress.phase(1, 2, "grow", 3)
+            progress.message("device 3 is slow")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     text = file.getvalue()
     assert "device 3 is slow" in text
     assert "step 1/2 grow round 1/3" in text

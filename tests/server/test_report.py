@@ -404,6 +404,7 @@ def test_the_first_freeing_on_devices_is_shown_as_such() -> None:
     html = render_report(summary, first + sample_rounds(1))
     assert "first freeing, weigh" in html
     assert "first freeing</text>" in html
+    assert "moved 93.8 MB more, which is in none of these totals" in html
     assert "labelled ones to train the prior model" not in html
 
 

@@ -1,3 +1,10 @@
+"""The report's page, as a Jinja2 template.
+
+A Python module and not a file of its own: Flower packs no templates into an app bundle.
+"""
+
+# ruff: noqa: E501, RUF001
+TEMPLATE = """\
 {# One page, no scripts, nothing from the network. Everything from the run is autoescaped. #}
 {% macro chart(svg, caption) %}
 {% if svg %}
@@ -196,6 +203,8 @@ summary { cursor: pointer; color: var(--muted); }
 </tbody></table></div>
 <p>Up is from devices to server; what only measures counts as consolidate. Distillation at the server:
 {% for step in run.steps %}step {{ step.step }} {{ step.distillation.kind }}{% if step.distillation.kind != "none" %} ({{ step.distillation.seconds | duration }}){% endif %}{{ ", " if not loop.last }}{% endfor %}.
+{% set first = participation | selectattr("step", "equalto", 0) | list %}
+{% if first %}The first freeing on the devices moved {{ (first | sum("bytes_up") + first | sum("bytes_down")) | size }} more, which is in none of these totals.{% endif %}
 </p>
 
 {% endif %}
@@ -267,3 +276,4 @@ summary { cursor: pointer; color: var(--muted); }
 </tbody></table></details>
 </body>
 </html>
+"""
