@@ -23,27 +23,33 @@ from common.order import Report, read_order
 _BASES: dict[Path, Bases] = {}
 
 
-def make_app(settings: Mapping[str, Any] | None = None) -> ClientApp:
+def make_app(settings: Mapping[str, Any] | None = None, cache: str | None = None) -> ClientApp:
     """Return the device's app.
 
     Parameters
     ----------
     settings : mapping, optional
         Kebab-case settings that stand in for the run config where the engine passes none.
+    cache : str, optional
+        Folder of the base models; the node config's ``cache`` goes first.
     """
     app = ClientApp()
 
     @app.query()
     def hello(message: Message, context: Context) -> Message:
         """Tell the device's name."""
-        return _reply(message, Report(device=_device(context, _config(context, settings)).device))
+        try:
+            device = _device(context, _config(context, settings))
+        except FallowError as error:
+            return _reply(message, Report(device="", declined=str(error)))
+        return _reply(message, Report(device=device.device))
 
     @app.train()
     def work(message: Message, context: Context) -> Message:
         """Carry out one order."""
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         config = _config(context, settings)
-        device = _device(context, config)
+        device = _device(context, config)  # as in hello, which every node has passed
         try:
             order = read_order(str(message.content.config_records["order"]["json"]))
             if ":" in order.net.name and order.net.name != config.net:
@@ -54,7 +60,7 @@ def make_app(settings: Mapping[str, Any] | None = None) -> ClientApp:
                 )
             accelerator = Accelerator.pick(config.accelerator, config.amp)
             report, update = carry_out(
-                order, _arrays(message), device, _bases(context), accelerator
+                order, _arrays(message), device, _bases(context, cache), accelerator
             )
         except FallowError as error:
             return _reply(message, Report(device=device.device, declined=str(error)))
@@ -79,8 +85,8 @@ def _device(context: Context, config: Config) -> SimulatedDevice:
     return SimulatedDevice(config, int(node["partition-id"]))
 
 
-def _bases(context: Context) -> Bases:
-    default = Path(tempfile.gettempdir()) / f"fallow-{os.getuid()}" / "bases"
+def _bases(context: Context, cache: str | None) -> Bases:
+    default = cache or Path(tempfile.gettempdir()) / f"fallow-{os.getuid()}" / "bases"
     folder = Path(str(context.node_config.get("cache", default)))
     return _BASES.setdefault(folder, Bases(folder))
 

@@ -37,6 +37,7 @@ class Bases:
             try:
                 self._remember(digest, self._disk.get(digest))
             except StoreError:  # absent, torn or just evicted: the server sends it again
+                self._disk.path(digest).unlink(missing_ok=True)
                 return None
         self._memory.move_to_end(digest)
         return self._memory[digest]

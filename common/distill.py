@@ -1,7 +1,7 @@
 """The losses: what a student learns from labels and from earlier models.
 
-Every function takes logits [B, C] and returns a loss per image [B] or a scalar; weights are
-detached, so no gradient passes through them.
+Every function takes logits [B, C] and returns a loss per image [B] or a scalar; weights and
+teachers are detached, so that only the student learns.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def kd(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torc
     Hinton et al. 2015 (arXiv 1503.02531), softened by `temperature` on both sides.
     """
     log_student = F.log_softmax(student / temperature, 1)
-    log_teacher = F.log_softmax(teacher / temperature, 1)
+    log_teacher = F.log_softmax(teacher.detach() / temperature, 1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True)
     return divergence.sum(1) * temperature**2
 

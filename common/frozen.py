@@ -24,18 +24,19 @@ def training_only(net: nn.Module, layout: Layout) -> Iterator[None]:
     trained = {e.tensor for e in layout.entries}
     parameters = list(net.named_parameters())
     asked = [p.requires_grad for _, p in parameters]
-    was_training = net.training
+    modes = [(module, module.training) for module in net.modules()]
     swapped: list[nn.Module] = []
     net.train()
     for name, parameter in parameters:
         parameter.requires_grad_(name in trained)
     for name, module in net.named_modules():
-        if not isinstance(module, nn.BatchNorm2d):
+        if getattr(module, "running_mean", None) is None:
             continue
         entry = statistics.get(f"{name}.running_mean")
         if entry is None:
             module.eval()
         elif entry.positions is not None:
+            assert isinstance(module, nn.BatchNorm2d)
             channels = entry.positions.to(module.weight.device)
             module.forward = functools.partial(_partial_forward, module, channels)  # type: ignore[method-assign]
             swapped.append(module)
@@ -47,7 +48,8 @@ def training_only(net: nn.Module, layout: Layout) -> Iterator[None]:
         for (_, parameter), flag in zip(parameters, asked, strict=True):
             parameter.requires_grad_(flag)
             parameter.grad = None
-        net.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _partial_forward(bn: nn.BatchNorm2d, channels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

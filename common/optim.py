@@ -18,7 +18,7 @@ class PackedSGD:
     net : nn.Module
         Its parameters are updated in place; they must be contiguous.
     layout : Layout
-        Trainable entries; BN statistics among them are left to the forward pass.
+        Trainable entries; buffers among them (BN statistics) are left to the forward pass.
     lr, momentum, weight_decay : float
         As in torch.optim.SGD. Scales, shifts and biases are not decayed.
     """
@@ -31,7 +31,7 @@ class PackedSGD:
         self._momentum = momentum
         self._items = []
         for entry in layout.entries:
-            if entry.kind in ("mean", "var"):
+            if entry.tensor not in parameters:
                 continue
             parameter = parameters[entry.tensor]
             decay = weight_decay if parameter.dim() > 1 else 0.0

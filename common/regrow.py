@@ -41,7 +41,7 @@ class Diversity:
 
     def __post_init__(self) -> None:
         shares = self.shares()
-        if min(shares) < 0 or sum(shares) <= 0:
+        if not (min(shares) >= 0 and 0 < sum(shares) < math.inf):  # NaN fails too
             raise ConfigError(
                 f"regrow shares are {shares}: give non-negative shares of which one is positive"
             )

@@ -23,6 +23,8 @@ from safetensors.torch import load, save
 from common.errors import DiskError, StoreError
 from common.state import State, state_digest
 
+_HEADER = "fallow"
+
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -108,8 +110,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_state_file(path: Path, state: Mapping[str, torch.Tensor], **meta: str) -> None:
     """Write a model state as safetensors, with its digest in the header."""
-    header = {**meta, "digest": state_digest(state)}
-    write_bytes(path, save(dict(state), metadata=header))
+    # One key, since safetensors writes several in random order: equal models, equal files.
+    header = json.dumps({**meta, "digest": state_digest(state)}, sort_keys=True)
+    write_bytes(path, save(dict(state), metadata={_HEADER: header}))
 
 
 def read_state_file(path: Path) -> State:
@@ -132,7 +135,8 @@ def read_state_and_header(path: Path) -> tuple[State, dict[str, str]]:
         raise StoreError(f"{path} is not there") from None
     except (SafetensorError, IsADirectoryError) as error:
         raise StoreError(f"{path} is no readable safetensors file: {error}") from None
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    raw = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header = json.loads(raw.get("__metadata__", {}).get(_HEADER, "{}"))
     if "digest" in header and header["digest"] != state_digest(state):
         raise StoreError(f"{path} was altered: its digest does not match")
     return state, header

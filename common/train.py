@@ -98,7 +98,7 @@ def train(
     recipe : Recipe
         Epochs, batch size, learning rate and so on.
     rng : torch.Generator
-        Of the order of the images and of their augmentation.
+        Of the order of the images, of their augmentation and, by its seed, of dropout.
     before_step : callable, optional
         Called with the share of steps done, in [0, 1), before each step; and with 1.0 at the
         end.
@@ -115,7 +115,8 @@ def train(
     sizes = batch_sizes(len(data), recipe.batch)
     total = max(recipe.epochs * len(sizes), 1)
     done, loss_sum = 0, 0.0
-    with training_only(net, layout):
+    with torch.random.fork_rng(devices=[]), training_only(net, layout):
+        torch.manual_seed(rng.initial_seed())  # a user's net may draw too: dropout
         optimiser = PackedSGD(
             net,
             layout,

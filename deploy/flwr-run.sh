@@ -35,7 +35,6 @@ default = "fallow"
 [superlink.fallow]
 address = "127.0.0.1:$port"
 insecure = true
-options.num-supernodes = $devices
 TOML
 
 # Ray's actors import from the SuperLink's working folder: an empty one, or another checkout
@@ -51,7 +50,8 @@ sys.exit(socket.socket().connect_ex(("127.0.0.1", int(sys.argv[1]))) != 0)
 PY
   sleep 1
 done
-(cd "$app" && flwr run . fallow --stream --run-config "$overrides") || true
+(cd "$app" && flwr run . fallow --stream --federation-config "num-supernodes=$devices" \
+  --run-config "$overrides") || true
 # `flwr run --stream` ends well even when the run failed: what it left behind is the verdict.
 python - "$out" <<'PY' || { tail -n 40 "$work/superlink.log"; exit 1; }
 import json, pathlib, sys

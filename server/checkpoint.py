@@ -19,6 +19,7 @@ from common.errors import StoreError
 from common.filters import FreeSet
 from common.order import as_channels, as_free_set
 from common.sparsify import Attempt
+from common.state import State
 from common.store import BundleStore, read_json, write_json
 from server.plan import RunState, StepOutcome
 
@@ -177,9 +178,9 @@ class CheckpointFolder:
             round=value["round"],
             share=value["share"],
             kd_weight=value["kd_weight"],
-            prior=self._tensors.get(value["prior"]),
-            base=self._tensors.get(value["base"]),
-            values=None if values is None else self._tensors.get(values)["values"].numpy(),
+            prior=self._tensor(value["prior"]),
+            base=self._tensor(value["base"]),
+            values=None if values is None else self._tensor(values)["values"].numpy(),
             source=value["source"],
             free=as_free_set(value["free"]),
             next_free=as_free_set(value["next_free"]),
@@ -191,6 +192,15 @@ class CheckpointFolder:
             finished=tuple(_decode_step(step) for step in value["finished"]),
             done=value["done"],
         )
+
+    def _tensor(self, digest: str) -> State:
+        try:
+            return self._tensors.get(digest)
+        except StoreError:
+            # The round that is played again makes the same tensors, which are written only
+            # if no file has their name.
+            self._tensors.path(digest).unlink(missing_ok=True)
+            raise
 
 
 class _ForeignError(StoreError):

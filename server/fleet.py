@@ -50,11 +50,14 @@ class Fleet:
                     f"more, or lower min-devices{trouble}"
                 )
             unknown = [n for n in self._grid.get_node_ids() if n not in self._names]
-            hellos = [hello_message(self._grid, node) for node in unknown]
+            hellos = [hello_message(node) for node in unknown]
             left = max(deadline - time.monotonic(), 1.0)
             for node, message in zip_replies(self._grid, hellos, left):
                 try:
-                    self._names[node] = read_reply(message).report.device
+                    report = read_reply(message).report
+                    if report.declined is not None:
+                        raise UpdateError(report.declined)
+                    self._names[node] = report.device
                 except UpdateError as error:
                     trouble = f" (one said: {error})"
             if len(self.present()) < wanted:

@@ -14,7 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.errors import RoundError, UpdateError
-from common.layout import dense_layout
+from common.layout import Layout, dense_layout
 from common.order import NEEDS_BASE, Order
 from common.update import check_values
 from server.aggregate import MaskedMean
@@ -111,10 +111,13 @@ def _valid_round(
     """Play one round, again if too few answer."""
     config = plan.config
     wanted = config.min_devices or config.devices
+    down = up = 0  # what abandoned tries sent counts too
     for attempt in range(config.repeats):
         fleet.wait_for(wanted, config.node_timeout)
         began = time.monotonic()
         replies, tally = _exchange(grid, plan, state, fleet, watcher)
+        down, up = down + tally.down, up + tally.up
+        tally.down, tally.up = down, up
         needed = max(1, math.ceil(config.quorum * tally.asked - 1e-9))
         if len(replies) >= needed:
             outcome, loss = _aggregate(plan, state, replies, distiller)
@@ -151,17 +154,19 @@ def _exchange(
     names = {node: name for name, node in asked.items()}
     tally = Tally(len(asked))
     whole = dense_layout(plan.graph, state.base).pack(state.base)
+    given: set[int] = set()
 
     def message(node: int, with_base: bool) -> Message:
         arrays = {} if state.values is None else {"values": state.values}
         if with_base:
             arrays["base"] = whole
-        made, size = order_message(grid, node, order, arrays)
+            given.add(node)
+        made, size = order_message(node, order, arrays)
         tally.down += size
         return made
 
     def resend(node: int, reply: Message) -> Message | None:
-        if reply.has_error() or not _needs_base(reply):
+        if node in given or reply.has_error() or not _needs_base(reply):
             return None
         fleet.forget(names[node], order.base)
         return message(node, with_base=True)
@@ -182,6 +187,8 @@ def _exchange(
                 raise UpdateError(reply.report.declined)
             size = {"weigh": scored, "judge": 0}.get(order.phase, layout.size)
             _admit(reply, order, size, names[node])
+            if order.phase in ("grow", "consolidate"):
+                _check_variances(reply, layout)
         except UpdateError as error:
             tally.declined[str(error)] += 1
             continue
@@ -214,10 +221,31 @@ def _admit(reply: Reply, order: Order, size: int, device: str) -> None:
             )
     if report.device != device:
         raise UpdateError(f"device '{report.device}' answered for '{device}'")
+    # One answer with these would end the run or decide it.
+    counts = (
+        report.both_right,
+        min(report.right, report.prior_right),
+        max(report.right, report.prior_right),
+        report.heldout,
+    )
+    if list(counts) != sorted(counts):
+        raise UpdateError(
+            f"right {report.right}, prior_right {report.prior_right} and both_right "
+            f"{report.both_right} do not fit {report.heldout} held-out images"
+        )
+    if not (1 <= report.images <= 2**53 and math.isfinite(report.loss)):
+        raise UpdateError(f"images {report.images} with loss {report.loss} are no counts to use")
     if size and reply.update is None:
         raise UpdateError("no update in the reply")
     if reply.update is not None:
         check_values(reply.update, size, "the update")
+
+
+def _check_variances(reply: Reply, layout: Layout) -> None:
+    assert reply.update is not None
+    least = float(reply.update[layout.statistics[1]].min(initial=0.0))
+    if least < 0:
+        raise UpdateError(f"the update has a BN variance of {least}")
 
 
 def _aggregate(

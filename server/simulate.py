@@ -67,7 +67,7 @@ def simulate_flower(
         cores = config.workers or len(os.sched_getaffinity(0))
         run_simulation(
             server,
-            make_app({**config.flat(), "cache": cache}),
+            make_app(config.flat(), cache),
             config.devices,
             backend_config={
                 "init_args": {"num_cpus": cores, "include_dashboard": False},

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from common.errors import UpdateError
 from common.order import Order, Report, read_report
@@ -22,20 +21,19 @@ class Reply:
     size: int
 
 
-def hello_message(grid: Grid, node: int) -> Message:
+def hello_message(node: int) -> Message:
     """Return the message that asks a node for its name."""
-    return grid.create_message(RecordDict(), "query", node, "hello")
+    return Message(RecordDict(), dst_node_id=node, message_type="query", group_id="hello")
 
 
-def order_message(
-    grid: Grid, node: int, order: Order, arrays: dict[str, np.ndarray]
-) -> tuple[Message, int]:
+def order_message(node: int, order: Order, arrays: dict[str, np.ndarray]) -> tuple[Message, int]:
     """Return an order as a message, and its size in bytes."""
     content = RecordDict({"order": ConfigRecord({"json": order.model_dump_json()})})
     if arrays:
         content["arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
     group = f"{order.step}.{order.phase}.{order.attempt}.{order.round}"
-    return grid.create_message(content, "train", node, group), _size(content)
+    message = Message(content, dst_node_id=node, message_type="train", group_id=group)
+    return message, _size(content)
 
 
 def read_reply(message: Message) -> Reply:
@@ -47,14 +45,26 @@ def read_reply(message: Message) -> Reply:
         If the node failed, or its answer is malformed.
     """
     if message.has_error():
-        raise UpdateError(f"node failed: {message.error.reason}")
+        last = str(message.error.reason).strip().splitlines() or ["no reason given"]
+        raise UpdateError(f"node failed: {last[-1][:200]}")
     try:
         text = str(message.content.config_records["report"]["json"])
     except KeyError:
         raise UpdateError("reply has no report") from None
     record: Any = message.content.array_records.get("arrays", {})
-    update = record["update"].numpy() if "update" in record else None
+    update = _values(record["update"]) if "update" in record else None
     return Reply(read_report(text), update, _size(message.content))
+
+
+def _values(array: Array) -> np.ndarray:
+    try:
+        values = array.numpy()
+    except Exception as error:  # bytes from a device may make NumPy raise anything
+        reason = " ".join(str(error).split())
+        raise UpdateError(f"the update is no NumPy array: {reason}") from None
+    if not isinstance(values, np.ndarray):  # NumPy opens archives too
+        raise UpdateError(f"the update is a {type(values).__name__}, no NumPy array")
+    return values
 
 
 def _size(content: RecordDict) -> int:

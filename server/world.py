@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    positive = name != "norm-std" or all(number > 0 for number in numbers)
-    if len(numbers) != channels or not positive:
+    low = 0 if name == "norm-std" else -math.inf
+    if len(numbers) != channels or not all(low < number < math.inf for number in numbers):
         raise ConfigError(f"{name} is '{text}': give {channels} comma-separated number(s)")
     return numbers

@@ -32,9 +32,9 @@ from server.plan import (
     current_model,
     layout_of,
     order_of,
+    rounds_left,
     score_slices,
     start,
-    rounds_left,
 )
 
 HELDOUT = 1000
@@ -116,7 +116,14 @@ def test_a_step_grows_weighs_consolidates_and_is_judged(plan: Plan) -> None:
     assert [s.round for s in states[:7]] == [0, 1, 2, 0, 0, 1, 0]
     assert states[-1].done
     assert [o.step for o in states[-1].finished] == [1, 2]
-    assert len(states) - 1 == rounds_left(plan, states[0])
+
+
+def test_the_rounds_left_are_known_at_every_round(plan: Plan) -> None:
+    for states in (
+        walk(plan, begin(plan)),
+        walk(plan, start(plan, freed_prior(plan, share=0.0)[0], FreeSet({}))),
+    ):
+        assert [rounds_left(plan, s) for s in states] == list(reversed(range(len(states))))
 
 
 def test_a_finished_step_tells_what_it_came_to(plan: Plan) -> None:
