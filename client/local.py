@@ -16,6 +16,7 @@ from torch import nn
 from client.bases import Bases
 from common.accelerator import Accelerator
 from common.data import Augment, ImageSet, Normalisation, split_holdout
+from common.distill import class_log_shares
 from common.errors import UpdateError
 from common.filters import FilterGraph, cut
 from common.importance import sensitivity, taylor
@@ -241,12 +242,14 @@ def _train(
         def before_step(done: float) -> None:
             anneal(scale_factor(begin + (end - begin) * done, until))
 
+    skew = class_log_shares(data.y, order.net.classes, order.teaching.calibration)
+    skew = skew.to(accelerator.device)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
     trained = train(
         student,
         layout,
         data,
-        multi_step_objective(teachers, order.teaching.distillation()),
+        multi_step_objective(teachers, order.teaching.distillation(), skew),
         recipe,
         torch_rng("train", *key),
         accelerator=accelerator,

@@ -111,6 +111,9 @@ class Config(BaseModel):
     kd_temperature: Positive = Field(2.0, description="T")
     kd_floor: Share = Field(0.3, description="least weight of an image in the distillation")
     ntd_weight: NotNegative = Field(0.0, description="weight of FedNTD's term")
+    label_calibration: NotNegative = Field(
+        1.0, description="how far a device's own label skew is taken out of its loss; 0 = not"
+    )
     retention: Share = Field(
         0.9, description="agreement with the prior below which lambda is raised (no proxy)"
     )

@@ -83,6 +83,7 @@ def adaptive_loss(
     temperature: float,
     floor: float,
     ntd_weight: float = 0.0,
+    class_log_share: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return cross-entropy + adaptive distillation from one or more earlier models.
 
@@ -102,13 +103,16 @@ def adaptive_loss(
         Lambda, T and the least weight of an image.
     ntd_weight : float
         Weight of the not-true distillation from the first teacher.
+    class_log_share : tensor [C], optional
+        Added to the student's logits in the cross-entropy (see `class_log_shares`).
 
     Returns
     -------
     tensor []
         Mean over the batch.
     """
-    loss = F.cross_entropy(student, labels, reduction="none")
+    skewed = student if class_log_share is None else student + class_log_share
+    loss = F.cross_entropy(skewed, labels, reduction="none")
     if teachers and weight > 0:
         shares = _shares(teachers, labels)
         for share, teacher in zip(shares, teachers, strict=True):
@@ -117,6 +121,22 @@ def adaptive_loss(
     if teachers and ntd_weight > 0:
         loss = loss + ntd_weight * not_true_kd(student, teachers[0], labels, temperature)
     return loss.mean()
+
+
+def class_log_shares(labels: torch.Tensor, classes: int, strength: float) -> torch.Tensor:
+    """Return ``strength * log(share of each class)`` among `labels`, [C].
+
+    Added to the logits of the cross-entropy, it takes a device's own label skew out of what the
+    net learns: the net is not pushed towards the classes that this device happens to have, nor
+    away from those that it lacks (balanced softmax, Ren et al., NeurIPS 2020; in federated
+    learning FedLC, Zhang et al., ICML 2022).
+    """
+    counts = torch.bincount(labels, minlength=classes).float()
+    return strength * torch.log((counts + _SMOOTHING) / (counts + _SMOOTHING).sum())
+
+
+_SMOOTHING = 0.1
+"""Images that every class is counted to have beside its own: log 0 would be no number."""
 
 
 def _shares(teachers: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

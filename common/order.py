@@ -55,6 +55,7 @@ class Teaching(_Frozen):
     temperature: float = Field(gt=0)
     floor: float = Field(ge=0, le=1)
     ntd_weight: float = Field(ge=0)
+    calibration: float = Field(ge=0)
 
     def distillation(self) -> Distillation:
         """Return the same for the losses."""

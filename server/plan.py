@@ -236,6 +236,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
             temperature=config.kd_temperature,
             floor=config.kd_floor,
             ntd_weight=config.ntd_weight,
+            calibration=config.label_calibration,
         ),
         anneal=(begin, end, config.anneal),
         heldout=config.heldout,

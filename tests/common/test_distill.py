@@ -40,7 +40,7 @@ def test_kd_is_the_softened_divergence_times_the_squared_temperature() -> None:
     student, teacher = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, 3.0])
     p, q = softmax(teacher, 3.0), softmax(student, 3.0)
     by_hand = 9.0 * (p * np.log(p / q)).sum()
-    found = kd(torch.tensor([student]), torch.tensor([teacher]), 3.0)
+    found = kd(torch.from_numpy(student)[None], torch.from_numpy(teacher)[None], 3.0)
     assert found.shape == (1,)
     assert float(found) == pytest.approx(by_hand, rel=1e-9)
 

@@ -26,7 +26,7 @@ from server.prior import Prior, train_prior
 
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
-    return open_source("digits").take(np.arange(96))
+    return open_source("digits").take(np.arange(256))
 
 
 World = Callable[..., tuple[Plan, RunState]]
@@ -34,7 +34,7 @@ World = Callable[..., tuple[Plan, RunState]]
 
 @pytest.fixture(scope="module")
 def prior(images: ImageSet) -> Prior:
-    plan = make_plan(prior_epochs=8, freeing_epochs=4, max_drop=1.0)
+    plan = make_plan(prior_epochs=20, freeing_epochs=10, max_drop=1.0)
     plain = Augment(0, False)
     return train_prior(plan.config, plan.spec, plan.graph, images, CPU, plain, lambda *_: None)
 
@@ -91,7 +91,7 @@ def test_the_mean_comes_closer_to_its_teachers(world: World, images: ImageSet) -
     before, after = (
         float(kd(logits(plan, state, v, images), target, 2.0).mean()) for v in (mean, result)
     )
-    assert after < 0.8 * before
+    assert after < 0.5 * before
 
 
 @pytest.mark.parametrize("scope", ["rows", "group", "all"])
