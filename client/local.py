@@ -129,6 +129,7 @@ def carry_out(
             attempt=order.attempt,
             round=order.round,
             base=order.base,
+            free_digest=free.digest,
             layout=layout.digest,
             images=len(own),
             heldout=len(held),

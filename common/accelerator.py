@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +30,18 @@ class Accelerator:
         ConfigError
             If the name is unknown or the device is not there.
         """
-        available = torch.cuda.is_available()
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if name == "auto":
-            name = "cuda" if available else "cpu"
-        if name != "cpu" and not name.startswith("cuda"):
+            name = "cuda" if count else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
             raise ConfigError(f"accelerator is '{name}': use auto, cpu, cuda or cuda:N")
-        if name != "cpu" and not available:
-            raise ConfigError(f"accelerator is '{name}', but torch sees no CUDA device: use cpu")
-        return cls(torch.device(name), amp)
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ConfigError(
+                f"accelerator is '{name}', but torch sees {count or 'no'} CUDA device(s): use "
+                f"{'a lower number' if count else 'cpu'}"
+            )
+        return cls(device, amp)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes run."""

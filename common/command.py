@@ -8,6 +8,7 @@ from collections.abc import Callable
 from common.errors import FallowError
 
 INTERRUPTED = 130
+_GO_ON = "interrupted: go on with --resume"
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -18,8 +19,10 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: go on with --resume", file=sys.stderr)
+        print(_GO_ON, file=sys.stderr)
         return INTERRUPTED
     except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer takes Ctrl-C itself, and says nothing
+            print(_GO_ON, file=sys.stderr)
         return int(end.code or 0)
     return 0

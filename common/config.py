@@ -12,7 +12,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from common.errors import ConfigError
 
@@ -23,6 +30,11 @@ Whole = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+def _number(value: object) -> object:
+    """Return the number in a text: a `Literal` converts nothing by itself."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
@@ -31,7 +43,11 @@ class Config(BaseModel):
     """Settings of a run. Shares and accuracies are in [0, 1], times in seconds."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=_kebab,
+        populate_by_name=True,
     )
 
     # the run
@@ -45,7 +61,9 @@ class Config(BaseModel):
     # data
     data: str = Field("digits", description="'digits', a folder or a file (see README, Data)")
     image_size: Whole = Field(0, description="pixels a side to resize to; 0 = as they are")
-    channels: Literal[0, 1, 3] = Field(0, description="1 grey, 3 colour; 0 = as they are")
+    channels: Annotated[Literal[0, 1, 3], BeforeValidator(_number)] = Field(
+        0, description="1 grey, 3 colour; 0 = as they are"
+    )
     stream: Literal["share", "class"] = Field(
         "share", description="parts have all classes, or classes of their own"
     )
@@ -86,7 +104,7 @@ class Config(BaseModel):
     )
     max_drop: Share = Field(0.005, description="accepted loss of held-out accuracy by freeing")
     freeing_epochs: Count = Field(10, description="epochs of the first freeing, at the server")
-    freeing_lr: Positive = Field(0.02, description="learning rate of freeing and consolidation")
+    freeing_lr: Positive = Field(0.02, description="learning rate of the first freeing (cosine)")
     anneal: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="share of a freeing after which the scales are exactly zero"
     )
@@ -94,21 +112,27 @@ class Config(BaseModel):
     shrink: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.7, description="what the share is multiplied by after a refused try"
     )
+    server_batch: Annotated[int, Field(ge=2)] = Field(
+        32, description="images a training step of prior, first freeing and distillation"
+    )
+    consolidate_lr: Positive = Field(
+        0.015, description="learning rate of a consolidation (cosine over the rounds)"
+    )
     consolidate_rounds: Count = Field(5, description="rounds of a consolidation")
     consolidate_epochs: Count = Field(2, description="local epochs of such a round")
 
     # growing (AOD)
-    rounds: Count = Field(10, description="rounds of growing in a step")
-    epochs: Count = Field(2, description="local epochs of such a round")
+    rounds: Count = Field(8, description="rounds of growing in a step")
+    epochs: Count = Field(3, description="local epochs of such a round")
     scope: Literal["rows", "group", "all"] = Field(
         "group", description="what a device may train while growing"
     )
-    batch: Annotated[int, Field(ge=2)] = Field(32, description="images a training step")
-    lr: Positive = Field(0.05, description="learning rate of growing (cosine over the rounds)")
+    batch: Annotated[int, Field(ge=2)] = Field(16, description="images a device's training step")
+    lr: Positive = Field(0.03, description="learning rate of growing (cosine over the rounds)")
     momentum: Share = Field(0.9, description="of SGD")
     weight_decay: NotNegative = Field(5e-4, description="of conv and linear weights")
     kd_weight: NotNegative = Field(0.3, description="lambda, weight of the distillation")
-    kd_temperature: Positive = Field(2.0, description="T")
+    kd_temperature: Positive = Field(2.0, description="T, softens both sides")
     kd_floor: Share = Field(0.3, description="least weight of an image in the distillation")
     ntd_weight: NotNegative = Field(0.0, description="weight of FedNTD's term")
     label_calibration: NotNegative = Field(

@@ -56,7 +56,7 @@ def _partial_forward(bn: nn.BatchNorm2d, channels: torch.Tensor, x: torch.Tensor
     """Batch-normalise `channels` by the batch and all others by their running statistics."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    own = x.index_select(1, channels)
+    own = x.index_select(1, channels).to(bn.weight.dtype)  # statistics in full precision
     var, mean = torch.var_mean(own, (0, 2, 3), correction=0)
     count = own.numel() // own.shape[1]
     full_mean = bn.running_mean.detach().clone().index_copy(0, channels, mean)
@@ -68,4 +68,4 @@ def _partial_forward(bn: nn.BatchNorm2d, channels: torch.Tensor, x: torch.Tensor
             running[channels] = torch.lerp(running[channels], batch, rate)
     scale = bn.weight * torch.rsqrt(full_var + bn.eps)
     shift = bn.bias - full_mean * scale
-    return x * scale[None, :, None, None] + shift[None, :, None, None]
+    return (x * scale[None, :, None, None] + shift[None, :, None, None]).to(x.dtype)

@@ -17,11 +17,13 @@ from common.regrow import Diversity
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
+Size = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Phase = Literal["weigh", "grow", "consolidate", "judge"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NetSpec(_Frozen):
@@ -29,10 +31,10 @@ class NetSpec(_Frozen):
 
     name: str
     classes: int = Field(ge=1)
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[Size, Size, Size]
     width: float = Field(ge=0)
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[Positive, ...]
 
 
 class Regrown(_Frozen):
@@ -109,12 +111,17 @@ class Order(_Frozen):
     crop: int = Field(ge=0)
     flip: bool
     teaching: Teaching
-    anneal: tuple[float, float, float]
+    anneal: tuple[float, float, Positive]
     heldout: float = Field(gt=0, le=0.5)
 
     def free_set(self) -> FreeSet:
         """Return `free` as a free set."""
         return as_free_set(self.free)
+
+    @property
+    def free_digest(self) -> str:
+        """Digest of the free set, which an update has to name."""
+        return self.free_set().digest
 
 
 class Report(_Frozen):
@@ -136,6 +143,7 @@ class Report(_Frozen):
     attempt: int = 0
     round: int = 0
     base: str = ""
+    free_digest: str = ""
     layout: str | None = None
     images: int = Field(0, ge=0)
     heldout: int = Field(0, ge=0)
@@ -180,9 +188,9 @@ def _read(kind: type[M], text: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UpdateError(
-            f"{kind.__name__.lower()} field '{where}' is {first.get('input')!r}: {first['msg']}"
-        ) from None
+        name = kind.__name__.lower() + (f" field '{where}'" if where else "")
+        value = "" if first["type"] == "missing" else f" is {first['input']!r:.80}"
+        raise UpdateError(f"{name}{value}: {first['msg']}") from None
 
 
 def as_free_set(channels: Channels) -> FreeSet:

@@ -49,10 +49,9 @@ class Scenario:
         labels = self._source.labels
         rng = numpy_rng("stream", c.seed)
         if c.stream == "class":
-            order = rng.permutation(len(self.classes)).tolist()
-            first = c.prior_classes or max(1, len(self.classes) // (c.steps + 1))
+            first = c.prior_classes or max(1, len(np.unique(labels)) // (c.steps + 1))
             return by_class(
-                labels, order, first, c.steps, rng, c.prior_size or None, c.part_size or None
+                labels, None, first, c.steps, rng, c.prior_size or None, c.part_size or None
             )
         images = len(labels)
         part = c.part_size
@@ -102,12 +101,13 @@ class Scenario:
         c = self._config
         if not has_split(c.data, "test"):
             return None
+        channels, height, width = self.shape
         source = open_source(
             c.data,
             split="test",
             classes=self.classes,
-            size=self.shape[1],
-            channels=self.shape[0],
+            size=height if height == width else None,  # a size makes them square
+            channels=channels,
         )
         return source.take(np.arange(len(source)))
 

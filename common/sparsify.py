@@ -17,6 +17,7 @@ from torch import nn
 
 from common.accelerator import CPU, Accelerator
 from common.distill import Distillation, adaptive_loss
+from common.errors import DataError
 from common.filters import FilterGraph, FreeSet, cut, freed_index
 from common.layout import consolidation_layout
 from common.state import State, read_state, write_state
@@ -168,7 +169,14 @@ def free_filters(
     Returns
     -------
     Freeing
+
+    Raises
+    ------
+    DataError
+        If `heldout` is empty.
     """
+    if not len(heldout):
+        raise DataError("no held-out images to decide on the freeing: raise heldout")
     base = read_state(net)
     before = accuracy_of(net, heldout, accelerator)
     attempts: list[Attempt] = []

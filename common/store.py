@@ -72,7 +72,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as JSON, atomically, with its own checksum in ``sha256``.
 
     Parameters
@@ -82,9 +82,7 @@ def write_json(path: Path, value: Any) -> None:
     value : dict
         JSON data without a key ``sha256``.
     """
-    body = json.dumps(value, sort_keys=True)
-    text = json.dumps({**value, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
-    write_bytes(path, text.encode())
+    write_bytes(path, json.dumps(_seal(value), indent=1).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,23 +93,13 @@ def read_json(path: Path) -> dict[str, Any]:
     StoreError
         If it is absent, torn or altered.
     """
-    try:
-        value = json.loads(path.read_bytes())
-        stated = value.pop("sha256")
-    except FileNotFoundError:
-        raise StoreError(f"{path} is not there") from None
-    except (ValueError, KeyError, AttributeError):
-        raise StoreError(f"{path} is torn or no checkpoint of fallow") from None
-    body = json.dumps(value, sort_keys=True)
-    if hashlib.sha256(body.encode()).hexdigest() != stated:
-        raise StoreError(f"{path} was altered: its checksum does not match")
-    return dict(value)
+    return _unseal(path, _read_bytes(path))
 
 
 def write_state_file(path: Path, state: Mapping[str, torch.Tensor], **meta: str) -> None:
-    """Write a model state as safetensors, with its digest in the header."""
+    """Write a model state as safetensors, with `meta` and its digest in the header."""
     # One key, since safetensors writes several in random order: equal models, equal files.
-    header = json.dumps({**meta, "digest": state_digest(state)}, sort_keys=True)
+    header = json.dumps(_seal({**meta, "digest": state_digest(state)}), sort_keys=True)
     write_bytes(path, save(dict(state), metadata={_HEADER: header}))
 
 
@@ -121,25 +109,54 @@ def read_state_file(path: Path) -> State:
 
 
 def read_state_and_header(path: Path) -> tuple[State, dict[str, str]]:
-    """Read a safetensors state and its metadata; a digest in there is checked.
+    """Read a safetensors state and what `write_state_file` was told beside it.
+
+    Both are checked against their digests; a file of someone else has neither, and its header
+    comes back empty.
 
     Raises
     ------
     StoreError
         If it is absent, torn or altered.
     """
+    data = _read_bytes(path)
     try:
-        data = path.read_bytes()
         state = load(data)
-    except FileNotFoundError:
-        raise StoreError(f"{path} is not there") from None
-    except (SafetensorError, IsADirectoryError) as error:
+    except SafetensorError as error:
         raise StoreError(f"{path} is no readable safetensors file: {error}") from None
     raw = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    header = json.loads(raw.get("__metadata__", {}).get(_HEADER, "{}"))
-    if "digest" in header and header["digest"] != state_digest(state):
+    sealed = raw.get("__metadata__", {}).get(_HEADER)
+    header = {} if sealed is None else _unseal(path, sealed)
+    if header and header["digest"] != state_digest(state):
         raise StoreError(f"{path} was altered: its digest does not match")
     return state, header
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise StoreError(f"{path} is not there") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `value` with the checksum of its canonical JSON."""
+    body = json.dumps(value, sort_keys=True)
+    return {**value, "sha256": hashlib.sha256(body.encode()).hexdigest()}
+
+
+def _unseal(path: Path, text: str | bytes) -> dict[str, Any]:
+    """Return what `_seal` was given, from the JSON of its result."""
+    try:
+        sealed = dict(json.loads(text))
+        value = {name: part for name, part in sealed.items() if name != "sha256"}
+    except (ValueError, TypeError):
+        raise StoreError(f"{path} is torn or no file of fallow") from None
+    if _seal(value) != sealed:
+        raise StoreError(f"{path} was altered: its checksum does not match")
+    return value
 
 
 class BundleStore:
@@ -169,9 +186,11 @@ class BundleStore:
     def put(self, state: Mapping[str, torch.Tensor]) -> str:
         """Keep `state` and return its digest."""
         digest = state_digest(state)
-        if not self.has(digest):
+        if self.has(digest):
+            self._touch(digest)
+        else:
             write_state_file(self.path(digest), state)
-            self._forget_oldest()
+            self._forget_oldest(digest)
         return digest
 
     def get(self, digest: str) -> State:
@@ -182,11 +201,16 @@ class BundleStore:
         StoreError
             If it is absent or damaged.
         """
-        state = read_state_file(self.path(digest))
-        if self._keep is not None:
-            with contextlib.suppress(OSError):
-                os.utime(self.path(digest))
+        path = self.path(digest)
+        state, header = read_state_and_header(path)
+        if header.get("digest") != digest:
+            raise StoreError(f"{path} was altered: it is not the state of that digest")
+        self._touch(digest)
         return state
+
+    def discard(self, digest: str) -> None:
+        """Remove the state called `digest`, if it is here."""
+        self.path(digest).unlink(missing_ok=True)
 
     def retain(self, digests: set[str]) -> None:
         """Remove every state that is not among `digests`."""
@@ -194,11 +218,17 @@ class BundleStore:
             if path.stem not in digests:
                 path.unlink(missing_ok=True)
 
-    def _forget_oldest(self) -> None:
+    def _touch(self, digest: str) -> None:
+        if self._keep is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self.path(digest))
+
+    def _forget_oldest(self, newest: str) -> None:
         if self._keep is None:
             return
-        paths = sorted(self.folder.glob("*.safetensors"), key=_age, reverse=True)
-        for path in paths[self._keep :]:
+        # `newest` stays by name: clocks are coarse, and are set back.
+        paths = [path for path in self.folder.glob("*.safetensors") if path.stem != newest]
+        for path in sorted(paths, key=_age, reverse=True)[self._keep - 1 :]:
             path.unlink(missing_ok=True)
 
 

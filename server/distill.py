@@ -74,7 +74,7 @@ class ProxyDistiller:
         student = self._net(plan, layout.unpack(state.base, mean))
         recipe = Recipe(
             epochs=config.distill_epochs,
-            batch=config.batch,
+            batch=config.server_batch,
             lr=config.distill_lr,
             momentum=config.momentum,
             weight_decay=0.0,

@@ -197,7 +197,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
     config = plan.config
     growing = state.phase == "grow"
     rounds = config.rounds if growing else config.consolidate_rounds
-    peak = config.lr if growing else config.freeing_lr
+    peak = config.lr if growing else config.consolidate_lr
     training = state.phase in ("grow", "consolidate")
     regrown = None
     if state.phase in ("grow", "weigh") and state.source is not None:

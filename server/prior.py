@@ -161,7 +161,7 @@ def bring_prior(config: Config, spec: NetSpec, images: ImageSet | None) -> Prior
 def _recipe(config: Config, epochs: int, lr: float, augment: Augment) -> Recipe:
     return Recipe(
         epochs=epochs,
-        batch=config.batch,
+        batch=config.server_batch,
         lr=lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,

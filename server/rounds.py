@@ -214,7 +214,7 @@ def _can_make_base(fleet: Fleet, device: str, order: Order) -> bool:
 def _admit(reply: Reply, order: Order, size: int, device: str) -> None:
     """Refuse a reply that answers another order or whose update is not sound."""
     report = reply.report
-    for name in ("run", "step", "phase", "attempt", "round", "base", "layout"):
+    for name in ("run", "step", "phase", "attempt", "round", "base", "free_digest", "layout"):
         if getattr(report, name) != getattr(order, name):
             raise UpdateError(
                 f"{name} is {getattr(report, name)}, asked was {getattr(order, name)}"

@@ -80,6 +80,9 @@ def open_world(config: Config) -> World:
     )
     net = make_net(config, spec)
     plan = Plan(config, spec, FilterGraph.build(net, spec.input_shape), net)
+    for step in range(1, config.steps + 1):
+        # A broken image, or a part that cannot be dealt out, would cost the prior's training.
+        scenario.device(step, 0)
     return World(config, scenario, plan, accelerator, scenario.test(), proxy, calibration)
 
 
@@ -97,8 +100,14 @@ def _images(config: Config, path: str, name: str, scenario: Scenario) -> ImageSe
     """Return up to proxy-size images of `path`, drawn by the run's seed; None without a path."""
     if not path:
         return None
-    channels, side, _ = scenario.shape
+    channels, height, width = scenario.shape
+    side = height if height == width else None  # a size makes them square
     source = open_source(path, size=side, channels=channels, labelled=False)
+    if source.shape != scenario.shape:
+        raise DataError(
+            f"{path} has images of {list(source.shape)}, the data has {list(scenario.shape)} "
+            f"[channels, height, width]: resize those of {name}"
+        )
     count = min(config.proxy_size, len(source))
     index = np.sort(numpy_rng(name, config.seed).choice(len(source), count, replace=False))
     return source.take(index)

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from common.distill import Distillation, adaptive_loss, blend, kd, not_true_kd, sample_weight
+from common.distill import (
+    Distillation,
+    adaptive_loss,
+    blend,
+    class_log_shares,
+    kd,
+    not_true_kd,
+    sample_weight,
+)
 from common.sparsify import multi_step_objective
 
 SETTINGS = {"weight": 0.7, "temperature": 2.0, "floor": 0.3}
@@ -211,6 +219,53 @@ def test_the_objective_of_a_training_asks_the_teachers_and_leaves_them_alone() -
     torch.testing.assert_close(loss, expected)
     assert net.weight.grad is not None
     assert all(p.grad is None for teacher in teachers for p in teacher.parameters())
+
+
+# ---------------------------------------------------------------- label skew
+
+
+def test_log_shares_are_those_of_the_labels_and_finite_without_any() -> None:
+    labels = torch.tensor([0, 0, 0, 2, 2, 0])
+    shares = class_log_shares(labels, 4, 1.0).exp()
+    assert float(shares.sum()) == pytest.approx(1.0)
+    assert shares.tolist() == pytest.approx([4.1 / 6.4, 0.1 / 6.4, 2.1 / 6.4, 0.1 / 6.4])
+    half = class_log_shares(labels, 4, 0.5)
+    torch.testing.assert_close(half, 0.5 * shares.log())
+    assert not class_log_shares(labels, 4, 0.0).any()
+    empty = torch.zeros(0, dtype=torch.int64)
+    torch.testing.assert_close(class_log_shares(empty, 4, 1.0).exp(), torch.full((4,), 0.25))
+
+
+def test_balanced_labels_leave_the_loss_as_it_is() -> None:
+    student, labels = drawn(8, 4), torch.arange(8) % 4
+    shares = class_log_shares(labels, 4, 1.0)
+    found = adaptive_loss(student, [], labels, **SETTINGS, class_log_share=shares)
+    torch.testing.assert_close(found, F.cross_entropy(student, labels))
+
+
+def test_skewed_labels_push_less_towards_the_classes_that_abound() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    pushes = []
+    for strength in (0.0, 1.0):
+        student = torch.zeros(6, 3, requires_grad=True)
+        shares = class_log_shares(labels, 3, strength)
+        adaptive_loss(student, [], labels, **SETTINGS, class_log_share=shares).backward()
+        pushes.append(-student.grad.sum(0))
+    plain, calibrated = pushes
+    assert plain[0] > 0.3
+    assert plain[2] < -0.3
+    assert calibrated.abs().max() < 0.05, "a net without an opinion is not given one by the skew"
+
+
+def test_skew_concerns_the_labels_and_not_the_teachers() -> None:
+    student, labels = drawn(6, 3), torch.tensor([0, 0, 0, 0, 0, 1])
+    teacher, shares = drawn(6, 3, seed=1), class_log_shares(labels, 3, 1.0)
+    found = adaptive_loss(student, [teacher], labels, **SETTINGS, class_log_share=shares)
+    taught = adaptive_loss(student, [teacher], labels, **SETTINGS)
+    labelled = F.cross_entropy(student + shares, labels) - F.cross_entropy(student, labels)
+    torch.testing.assert_close(found, taught + labelled)
+    objective = multi_step_objective([lambda _: teacher], Distillation(0.7, 2.0, 0.3), shares)
+    torch.testing.assert_close(objective(student, torch.zeros(6, 1), labels), found)
 
 
 # ---------------------------------------------------------------- a mix of two teachers

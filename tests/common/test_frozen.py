@@ -134,10 +134,12 @@ def recipe(epochs: int = 3, **changes: object) -> Recipe:
         "weight_decay": 0.01,
         "augment": NO_AUGMENT,
     }
-    return Recipe(epochs=epochs, **{**settings, **changes})  # type: ignore[arg-type]
+    return Recipe(epochs=epochs, **{**settings, **changes})
 
 
-def run(net: nn.Module, layout: Layout, data: Labelled, *, seed: int = 0, epochs: int = 3) -> Trained:
+def run(
+    net: nn.Module, layout: Layout, data: Labelled, *, seed: int = 0, epochs: int = 3
+) -> Trained:
     generator = torch.Generator().manual_seed(seed)
     return train(net, layout, data, cross_entropy, recipe(epochs), generator)
 
@@ -169,7 +171,7 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 @pytest.mark.parametrize("name", NETS)
 def test_what_a_scope_does_not_name_keeps_every_bit(name: str, scope: str) -> None:
     net, graph, free = regrown(name)
-    layout = scope_layout(scope, graph, free, read_state(net))  # type: ignore[arg-type]
+    layout = scope_layout(scope, graph, free, read_state(net))
     before = tensors(net)
     run(net, layout, images(side=NETS[name][1]))
     after = tensors(net)
@@ -186,7 +188,7 @@ def test_what_a_scope_does_not_name_keeps_every_bit(name: str, scope: str) -> No
 @pytest.mark.parametrize("name", LEARNING)
 def test_what_a_scope_names_does_move(name: str, scope: str) -> None:
     net, graph, free = regrown(name)
-    layout = scope_layout(scope, graph, free, read_state(net))  # type: ignore[arg-type]
+    layout = scope_layout(scope, graph, free, read_state(net))
     before = tensors(net)
     run(net, layout, images(side=NETS[name][1]))
     after = tensors(net)
@@ -314,10 +316,15 @@ def test_a_net_is_put_back_as_it_was_also_after_an_error() -> None:
     net.fc.bias.requires_grad_(False)
     modes = {name: module.training for name, module in net.named_modules()}
     layout = scope_layout("rows", graph, free, read_state(net))
-    with pytest.raises(ZeroDivisionError), training_only(net, layout):
-        assert net.layer1[0].conv1.weight.requires_grad
-        net(images(4).x).sum().backward()
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with training_only(net, layout):
+            assert net.layer1[0].conv1.weight.requires_grad
+            net(images(4).x).sum().backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert {name: module.training for name, module in net.named_modules()} == modes
     assert {n for n, p in net.named_parameters() if not p.requires_grad} == {"fc.bias"}
     assert all(parameter.grad is None for parameter in net.parameters())

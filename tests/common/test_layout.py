@@ -143,7 +143,7 @@ def test_a_bn_that_belongs_to_no_filter_group_is_known_as_one(
     plain: tuple[FilterGraph, State], scope: str
 ) -> None:
     graph, state = plain
-    layout = scope_layout(scope, graph, FreeSet({"conv": (0,)}), state)  # type: ignore[arg-type]
+    layout = scope_layout(scope, graph, FreeSet({"conv": (0,)}), state)
     kinds = {e.tensor: e.kind for e in layout.entries}
     for bn in ("bn0", "bn", "bn1"):
         assert [kinds[f"{bn}.{leaf}"] for leaf in ("weight", "bias")] == ["scale", "shift"]
@@ -192,7 +192,7 @@ def test_unpacking_what_was_packed_gives_the_same_state(
             for layer in graph.layers
         }
     )
-    layout = scope_layout(scope, graph, free, shapes)  # type: ignore[arg-type]
+    layout = scope_layout(scope, graph, free, shapes)
     one, other = (
         {n: torch.from_numpy(rng.standard_normal(t.shape, np.float32)) for n, t in shapes.items()}
         for _ in range(2)
@@ -246,7 +246,7 @@ def test_statistics_pair_the_mean_of_a_channel_with_its_variance(
             numbered[name] = numbers
             numbered[name.replace("running_mean", "running_var")] = -numbers
             count += size
-    layout = scope_layout(scope, graph, some_free(graph), state)  # type: ignore[arg-type]
+    layout = scope_layout(scope, graph, some_free(graph), state)
     means, variances = layout.statistics
     packed = layout.pack(numbered)
     assert np.array_equal(packed[means], -packed[variances])
@@ -271,7 +271,7 @@ def test_values_of_another_size_or_type_are_refused(
     graph, state = resnet
     layout = scope_layout("group", graph, some_free(graph), state)
     with pytest.raises(UpdateError, match=rf"float32\[{layout.size}\] for scope 'group'"):
-        layout.unpack(state, wrong(layout.size))  # type: ignore[operator]
+        layout.unpack(state, wrong(layout.size))
 
 
 # ---------------------------------------------------------------- the digest

@@ -33,7 +33,7 @@ Choose = Callable[[float], FreeSet]
 
 def recipe(epochs: int = 3, lr: float = 0.02, **changes: object) -> Recipe:
     fixed = {"batch": 16, "augment": Augment(0, False), "weight_decay": 0.01, "momentum": 0.9}
-    return Recipe(epochs=epochs, lr=lr, **{**fixed, **changes})  # type: ignore[arg-type]
+    return Recipe(epochs=epochs, lr=lr, **{**fixed, **changes})
 
 
 def stripes(count: int, seed: int) -> Labelled:
@@ -89,7 +89,7 @@ def freeing(net: nn.Module, graph: FilterGraph, pick: Choose, **changes: object)
         "until": 0.6,
         "rng": lambda attempt: torch.Generator().manual_seed(attempt),
     }
-    return free_filters(net, graph, pick, **{**fixed, **changes})  # type: ignore[arg-type]
+    return free_filters(net, graph, pick, **{**fixed, **changes})
 
 
 # ---------------------------------------------------------------- the schedule

@@ -472,7 +472,7 @@ def test_only_training_orders_have_a_learning_rate_and_it_falls(plan: Plan) -> N
         if phase in ("weigh", "judge"):
             assert set(lr) == {0.0}
         else:
-            assert lr[0] == (config.lr if phase == "grow" else config.freeing_lr)
+            assert lr[0] == (config.lr if phase == "grow" else config.consolidate_lr)
             assert lr == sorted(lr, reverse=True)
             assert min(lr) > 0
     assert rates[1, "grow"] == rates[2, "grow"]

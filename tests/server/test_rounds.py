@@ -32,7 +32,7 @@ HELDOUT = 20
 
 def honest(order: Order, device: str, **changes: Any) -> Report:
     """The report of a device that did as it was told."""
-    asked = ("run", "step", "phase", "attempt", "round", "base", "layout")
+    asked = ("run", "step", "phase", "attempt", "round", "base", "free_digest", "layout")
     same = {name: getattr(order, name) for name in asked}
     counts = {"images": 50, "heldout": HELDOUT, "right": 15, "prior_right": 12, "both_right": 11}
     return Report(**{"device": device, "loss": 1.5, **same, **counts, **changes})
@@ -429,7 +429,8 @@ WRONG: dict[str, tuple[Bend, str]] = {
     "another try": (changed(attempt=1), "attempt is 1"),
     "another run": (changed(run=99), "run is 99"),
     "another base": (changed(base=OTHER), f"base is {OTHER}"),
-    "another free set": (changed(layout=OTHER), f"layout is {OTHER}"),
+    "another free set": (changed(free_digest=OTHER), f"free_digest is {OTHER}"),
+    "another layout": (changed(layout=OTHER), f"layout is {OTHER}"),
     "another's name": (changed(device="device-2"), "'device-2' answered for 'device-0'"),
     "no images": (changed(images=0), "images 0"),
     "more images than can be counted": (changed(images=10**400), "images 1000"),
@@ -557,7 +558,8 @@ def test_devices_that_hold_out_no_image_end_the_run_with_a_clear_error(
 
 
 def sampled(plan: Plan, nodes: list[int], key: tuple[int | str, ...]) -> list[str]:
-    devices = [Device(plan, f"device-{i}") for i in range(len(nodes))]
+    order = np.random.default_rng(nodes).permutation(len(nodes))  # in which they turn up
+    devices = [Device(plan, f"device-{i:02}") for i in order]
     grid = FakeGrid(dict(zip(nodes, devices, strict=True)))
     fleet = Fleet(grid)
     fleet.wait_for(len(nodes), 5.0)

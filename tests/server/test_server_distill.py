@@ -94,6 +94,19 @@ def test_the_mean_comes_closer_to_its_teachers(world: World, images: ImageSet) -
     assert after < 0.5 * before
 
 
+def test_where_the_devices_know_nothing_the_prior_is_heard(world: World, images: ImageSet) -> None:
+    plan, state = world(distill_epochs=6, scope="all", distill_lr=0.02)
+    layout = layout_of(plan, state)
+    blank = {**state.base}
+    for name in ("fc.weight", "fc.bias"):
+        blank[name] = torch.zeros_like(blank[name])
+    clueless = layout.pack(blank)
+    result = ProxyDistiller(images, CPU)(plan, state, clueless, [clueless] * 2)
+    prior = logits(plan, state, layout.pack(state.base), images).argmax(1)
+    agreement = (logits(plan, state, result, images).argmax(1) == prior).float().mean()
+    assert agreement > 0.8
+
+
 @pytest.mark.parametrize("scope", ["rows", "group", "all"])
 def test_only_what_the_scope_names_is_touched(scope: str, world: World, images: ImageSet) -> None:
     plan, state = world(scope=scope)
