@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common.errors import NetError, UpdateError
+from common.errors import UpdateError
 from common.filters import BN_KINDS, FilterGraph, FreeSet, freed_index
 from common.state import State
 
@@ -157,20 +157,10 @@ def scope_layout(
         The net's filter groups and those that are free.
     state : mapping of str to tensor
         Any state of the net; only names and shapes are read.
-
-    Raises
-    ------
-    NetError
-        If the scope is ``rows`` and freed filters could not reach the logits.
     """
     freed = freed_index(graph, free)
     kinds = _kinds(graph, state)
     head = (f"{graph.head}.weight", f"{graph.head}.bias")
-    if scope == "rows" and not free.empty and head[0] not in freed.out:
-        raise NetError(
-            f"scope 'rows' trains the freed filters' columns of the classifier '{graph.head}', "
-            "but it reads no filter directly: use scope 'group' or 'all'"
-        )
     entries = []
     for name in sorted(state):
         shape = tuple(state[name].shape)

@@ -20,7 +20,7 @@ from torch import nn
 
 from common.config import Config
 from common.errors import NetError
-from common.filters import FilterGraph, FreeSet
+from common.filters import FilterGraph, FreeSet, freed_index
 from common.importance import bn_scale, choose, combine_ranks
 from common.layout import Layout, consolidation_layout, scope_layout
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
@@ -147,6 +147,14 @@ def _begin_step(
         raise NetError(
             f"no filter could be freed within max-drop {config.max_drop}, and scope 'rows' "
             "trains nothing else: raise max-drop, lower share or use scope 'group'"
+        )
+    if (
+        config.scope == "rows"
+        and f"{plan.graph.head}.weight" not in freed_index(plan.graph, free).out
+    ):
+        raise NetError(
+            f"scope 'rows' trains the freed filters' columns of the classifier "
+            f"'{plan.graph.head}', but it reads none of them: use scope 'group' or 'all'"
         )
     seed = _regrow_seed(plan, step)
     base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
