@@ -25,12 +25,14 @@ env: $(VENV)/.made ## build the environment from the pinned versions
 $(VENV)/.made: pyproject.toml deploy/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
+	PIP_CONSTRAINT=$(CURDIR)/deploy/constraints.txt \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 lock: env ## write the installed versions into deploy/constraints.txt
 	{ echo '# Every version that the environment is built with (make env). Made by: make lock'; \
-	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > deploy/constraints.new
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; \
+	  grep '^setuptools==' deploy/constraints.txt; } > deploy/constraints.new
 	mv deploy/constraints.new deploy/constraints.txt
 
 demo: env ## the whole cycle on built-in images, under five minutes (OUT=folder)

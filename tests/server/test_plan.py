@@ -375,6 +375,14 @@ def test_with_nothing_free_a_run_of_rows_ends_in_a_clear_error() -> None:
         walk(plan, begin(plan), hopeless)
 
 
+def test_rows_are_refused_where_no_freed_filter_reaches_the_classifier() -> None:
+    plan = make_plan(scope="rows")
+    prior, _ = freed_prior(plan)
+    with pytest.raises(NetError, match=r"classifier 'fc', .* use scope 'group' or 'all'"):
+        start(plan, prior, FreeSet({"conv1": (0,)}))
+    assert start(plan, prior, FreeSet({"layer3.0.conv2": (0,)})).phase == "grow"
+
+
 # a model that was brought
 
 

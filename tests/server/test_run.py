@@ -347,7 +347,7 @@ def test_a_session_that_failed_says_why_in_its_summary(
     tmp_path: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.rounds._PAUSE_SECONDS", 0.0)
-    config = quick(lr=1e6, scope="all", repeats=1)
+    config = quick(lr=1e6, epochs=3, scope="all", repeats=1)
     with pytest.raises(RoundError, match="training loss is"):
         play(config, tmp_path / "out")
     summary = summary_of(tmp_path / "out")
