@@ -72,6 +72,12 @@ class Config(BaseModel):
     prior_classes: Whole = Field(
         0, description="stream 'class': classes of the prior; 0 = as many as a part"
     )
+    worlds: str = Field(
+        "", description="how each part's images are transformed, comma-separated; empty = not"
+    )
+    joint: bool = Field(
+        False, description="devices also hold their share of all earlier images: an upper bound"
+    )
     partition: Literal["iid", "dirichlet", "classes", "natural"] = Field(
         "dirichlet", description="how a part is dealt out over the devices"
     )
@@ -96,6 +102,12 @@ class Config(BaseModel):
     prior_lr: Positive = Field(0.1, description="learning rate of the prior (cosine)")
 
     # freeing (SST, SST+MSL)
+    freeing: Literal["always", "prior", "steps", "never"] = Field(
+        "always", description="where filters are freed: in the prior, after each step, or neither"
+    )
+    choice: Literal["importance", "random"] = Field(
+        "importance", description="which filters are freed: the least important, or any"
+    )
     share: Annotated[float, Field(gt=0, le=0.9)] = Field(
         0.3, description="share of every layer's filters to free"
     )
@@ -134,13 +146,30 @@ class Config(BaseModel):
     kd_weight: NotNegative = Field(0.3, description="lambda, weight of the distillation")
     kd_temperature: Positive = Field(2.0, description="T, softens both sides")
     kd_floor: Share = Field(0.3, description="least weight of an image in the distillation")
+    kd_teacher: Literal["prior", "round", "none"] = Field(
+        "prior", description="who teaches while growing: the prior, the round's first model, nobody"
+    )
+    adaptive: bool = Field(
+        True, description="the distillation's weight follows image and round; else it is fixed"
+    )
     ntd_weight: NotNegative = Field(0.0, description="weight of FedNTD's term")
     label_calibration: NotNegative = Field(
         1.0, description="how far a device's own label skew is taken out of its loss; 0 = not"
     )
+    mask_absent: bool = Field(
+        False, description="leave classes that a device lacks out of its cross-entropy"
+    )
+    prox: NotNegative = Field(0.0, description="mu of FedProx: pull to the round's first model")
+    perturb_keep: Share = Field(
+        1.0, description="what all weights are multiplied by at the begin of a step"
+    )
+    perturb_noise: NotNegative = Field(
+        0.0, description="share of a fresh initialisation added to them there"
+    )
     retention: Share = Field(
         0.9, description="agreement with the prior below which lambda is raised (no proxy)"
     )
+    regrow: bool = Field(True, description="re-initialise the freed filters before growing")
     regrow_orthogonal: NotNegative = Field(0.4, description="share of the freed filters drawn so")
     regrow_kaiming: NotNegative = Field(0.2, description="share of the freed filters drawn so")
     regrow_xavier: NotNegative = Field(0.2, description="share of the freed filters drawn so")
@@ -176,6 +205,11 @@ class Config(BaseModel):
             raise ValueError(f"share {self.share} is above cap {self.cap}: raise cap")
         if self.partition == "natural" and not self.column:
             raise ValueError("partition is 'natural' but column is empty: name the column")
+        if self.freeing in ("steps", "never") and self.scope == "rows":
+            raise ValueError(
+                f"freeing is '{self.freeing}' but scope is 'rows', which trains freed filters: "
+                "use scope 'group' or 'all'"
+            )
         if self.min_devices > self.devices:
             raise ValueError(
                 f"min-devices {self.min_devices} is above devices {self.devices}: lower it"
@@ -217,11 +251,11 @@ class Config(BaseModel):
         Where and how fast it is computed does not count: a run may be resumed with other
         workers, time limits or tries.
         """
-        dumped = self.model_dump(exclude=_NOT_THE_RESULT)
+        dumped = self.model_dump(exclude=NOT_THE_RESULT)
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
 
-_NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}
+NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}
 
 
 def _explain(problem: Any) -> str:

@@ -123,18 +123,24 @@ def adaptive_loss(
     return loss.mean()
 
 
-def class_log_shares(labels: torch.Tensor, classes: int, strength: float) -> torch.Tensor:
+def class_log_shares(
+    labels: torch.Tensor, classes: int, strength: float, *, mask_absent: bool = False
+) -> torch.Tensor:
     """Return ``strength * log(share of each class)`` among `labels`, [C].
 
     Added to the logits of the cross-entropy, it takes a device's own label skew out of what the
     net learns: the net is not pushed towards the classes that this device happens to have, nor
     away from those that it lacks (balanced softmax, Ren et al., NeurIPS 2020; in federated
-    learning FedLC, Zhang et al., ICML 2022).
+    learning FedLC, Zhang et al., ICML 2022). With `mask_absent`, classes without an image are
+    left out of it altogether: their logits get no gradient.
     """
     counts = torch.bincount(labels, minlength=classes).float()
-    return strength * torch.log((counts + _SMOOTHING) / (counts + _SMOOTHING).sum())
+    shares = strength * torch.log((counts + _SMOOTHING) / (counts + _SMOOTHING).sum())
+    return shares.masked_fill(counts == 0, _ABSENT) if mask_absent else shares
 
 
+_ABSENT = -1e9
+"""As good as minus infinity, without its NaN."""
 _SMOOTHING = 0.1
 """Images that every class is counted to have beside its own: log 0 would be no number."""
 

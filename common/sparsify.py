@@ -154,7 +154,8 @@ def free_filters(
         Of every layer's filters to free.
     max_drop : float
         Accepted loss of held-out accuracy (0.005 is half a point). If it is exceeded the
-        share is multiplied by `shrink` and the training repeated from the start.
+        share is multiplied by `shrink` until the set is smaller, and the training repeated
+        from the start.
     recipe, distillation
         Of the training.
     until : float
@@ -180,8 +181,10 @@ def free_filters(
     base = read_state(net)
     before = accuracy_of(net, heldout, accelerator)
     attempts: list[Attempt] = []
+    free = choose(share)
     for attempt in range(tries):
-        free = choose(share)
+        if attempt:
+            share, free = smaller(choose, share, shrink, free)
         if free.empty:
             break
         write_state(net, base)
@@ -205,9 +208,26 @@ def free_filters(
         attempts.append(Attempt(free.share(graph), before - after_cut, accepted))
         if accepted:
             return Freeing(free, before, after, after_cut, tuple(attempts))
-        share *= shrink
     write_state(net, base)
     return Freeing(FreeSet({}), before, before, before, tuple(attempts))
+
+
+def smaller(
+    choose: Callable[[float], FreeSet], share: float, shrink: float, refused: FreeSet
+) -> tuple[float, FreeSet]:
+    """Return the next smaller share whose free set is smaller than `refused`, and the set.
+
+    Kept widths are rounded, so a somewhat smaller share may name the same set again.
+    """
+    while share > _LEAST_SHARE:
+        share *= shrink
+        free = choose(share)
+        if free.count < refused.count:
+            return share, free
+    return share, FreeSet({})
+
+
+_LEAST_SHARE = 0.01
 
 
 def off_state(

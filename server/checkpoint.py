@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import Config
+from common.config import NOT_THE_RESULT, Config
 from common.errors import StoreError
 from common.filters import FreeSet
 from common.order import as_channels, as_free_set
@@ -135,8 +135,8 @@ class CheckpointFolder:
             other = [
                 f"{key} {was!r} -> {mine.get(key)!r}"
                 for key, was in value["settings"].items()
-                if mine.get(key) != was
-            ]
+                if mine.get(key) != was and key.replace("-", "_") not in NOT_THE_RESULT
+            ] or ["settings that another version of fallow knows"]
             raise _ForeignError(
                 f"{path} is of another run ({', '.join(other[:4])}): resume with the same "
                 "settings or choose another --out"
@@ -167,6 +167,7 @@ class CheckpointFolder:
             "scores": None if scores is None else {k: v.tolist() for k, v in scores.items()},
             "finished": [_encode_step(outcome) for outcome in state.finished],
             "done": state.done,
+            "stopped": state.stopped,
         }
 
     def _decode(self, value: dict[str, Any]) -> RunState:
@@ -191,6 +192,7 @@ class CheckpointFolder:
             scores=None if scores is None else {k: np.array(v) for k, v in scores.items()},
             finished=tuple(_decode_step(step) for step in value["finished"]),
             done=value["done"],
+            stopped=value["stopped"],
         )
 
     def _tensor(self, digest: str) -> State:

@@ -19,14 +19,13 @@ import numpy as np
 from torch import nn
 
 from common.config import Config
-from common.errors import NetError
-from common.filters import FilterGraph, FreeSet, freed_index
+from common.filters import FilterGraph, FreeSet
 from common.importance import bn_scale, choose, combine_ranks
 from common.layout import Layout, consolidation_layout, scope_layout
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
 from common.regrow import Diversity, regrow
 from common.seeds import seed_of
-from common.sparsify import Attempt, off_state, scale_factor
+from common.sparsify import Attempt, off_state, scale_factor, smaller
 from common.state import State, state_digest, write_state
 
 Scores = dict[str, np.ndarray]
@@ -81,6 +80,8 @@ class RunState:
         The freed filters that this step trains; those that its consolidation frees.
     source : str or None
         Digest of the model that `base` was regrown from.
+    stopped : str or None
+        Why the run is done before its last step.
     """
 
     step: int
@@ -102,6 +103,7 @@ class RunState:
     scores: Scores | None = None
     finished: tuple[StepOutcome, ...] = ()
     done: bool = False
+    stopped: str | None = None
 
     @cached_property
     def base_digest(self) -> str:
@@ -143,19 +145,6 @@ def _begin_step(
     plan: Plan, step: int, prior: State, free: FreeSet, finished: tuple[StepOutcome, ...]
 ) -> RunState:
     config = plan.config
-    if free.empty and config.scope == "rows":
-        raise NetError(
-            f"no filter could be freed within max-drop {config.max_drop}, and scope 'rows' "
-            "trains nothing else: raise max-drop, lower share or use scope 'group'"
-        )
-    if (
-        config.scope == "rows"
-        and f"{plan.graph.head}.weight" not in freed_index(plan.graph, free).out
-    ):
-        raise NetError(
-            f"scope 'rows' trains the freed filters' columns of the classifier "
-            f"'{plan.graph.head}', but it reads none of them: use scope 'group' or 'all'"
-        )
     seed = _regrow_seed(plan, step)
     base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
     return RunState(
@@ -331,9 +320,19 @@ def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
 
 
 def _choose(plan: Plan, state: RunState) -> RunState:
-    """Pick the set to free at the present share; without one, the step ends with none."""
-    assert state.scores is not None
-    free = choose(plan.graph, state.scores, state.share, cap=plan.config.cap)
+    """Pick the set to free: smaller than one that was refused; if none is left, end the step."""
+    config, scores = plan.config, state.scores
+    assert scores is not None
+
+    def pick(share: float) -> FreeSet:
+        return choose(plan.graph, scores, share, cap=config.cap)
+
+    share, free = state.share, FreeSet({})
+    if state.attempt == 0:
+        free = pick(share)
+    else:
+        share, free = smaller(pick, share, config.shrink, state.next_free)
+    state = replace(state, share=share)
     if free.empty or state.attempt >= plan.config.attempts:
         return _end_step(plan, state, state.base, FreeSet({}), state.heldout_grown, None)
     return replace(state, next_free=free)
@@ -365,7 +364,6 @@ def _after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         attempt=state.attempt + 1,
         round=0,
         values=None,
-        share=state.share * plan.config.shrink,
     )
     return _choose(plan, again)
 
@@ -390,9 +388,26 @@ def _end_step(
         lambdas=state.lambdas,
     )
     finished = (*state.finished, outcome)
-    if state.step >= plan.config.steps:
-        return replace(state, prior=model, free=free, values=None, finished=finished, done=True)
+    last = state.step >= plan.config.steps
+    if last or (free.empty and plan.config.scope == "rows"):
+        stopped = None if last else _nothing_to_grow(plan)
+        return replace(
+            state,
+            prior=model,
+            free=free,
+            values=None,
+            finished=finished,
+            done=True,
+            stopped=stopped,
+        )
     return _begin_step(plan, state.step + 1, model, free, finished)
+
+
+def _nothing_to_grow(plan: Plan) -> str:
+    return (
+        f"no filter could be freed within max-drop {plan.config.max_drop}, and scope 'rows' "
+        "trains nothing else: raise max-drop, lower share or use scope 'group'"
+    )
 
 
 def score_slices(graph: FilterGraph) -> Mapping[str, slice]:

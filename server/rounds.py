@@ -127,7 +127,8 @@ def _valid_round(
             f"round abandoned: {len(replies)} of {tally.asked} devices answered, {needed} "
             f"needed ({_reasons(tally)}); try {attempt + 1} of {config.repeats}"
         )
-        time.sleep(_PAUSE_SECONDS)
+        if attempt + 1 < config.repeats:
+            time.sleep(_PAUSE_SECONDS)
     raise RoundError(
         f"step {state.step} {state.phase} round {state.round + 1}: fewer than {needed} of "
         f"{tally.asked} devices answered, {config.repeats} times ({_reasons(tally)}). All "

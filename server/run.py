@@ -23,7 +23,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from common.config import Config
-from common.errors import ConfigError, FallowError, StoreError
+from common.errors import ConfigError, FallowError, NetError, StoreError
 from common.store import disk_errors, write_bytes
 from server.checkpoint import Checkpoint, CheckpointFolder
 from server.distill import ProxyDistiller
@@ -226,7 +226,9 @@ class _Conductor:
                 self._announce(after)
 
         self._announce(state)
-        play_rounds(self._grid, plan, state, fleet, self._progress, after_round, distiller)
+        state = play_rounds(self._grid, plan, state, fleet, self._progress, after_round, distiller)
+        if state.stopped is not None:
+            raise NetError(state.stopped)
 
     def _announce(self, state: RunState) -> None:
         if state.done:

@@ -12,7 +12,7 @@ import numpy as np
 from common.accelerator import Accelerator
 from common.config import Config
 from common.data import Augment, ImageSet, Normalisation, open_source
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, NetError
 from common.filters import FilterGraph
 from common.order import NetSpec
 from common.scenario import Scenario, scenario_of
@@ -79,11 +79,23 @@ def open_world(config: Config) -> World:
         std=std,
     )
     net = make_net(config, spec)
-    plan = Plan(config, spec, FilterGraph.build(net, spec.input_shape), net)
+    graph = FilterGraph.build(net, spec.input_shape)
+    _check_scope(config, graph)
+    plan = Plan(config, spec, graph, net)
     for step in range(1, config.steps + 1):
         # A broken image, or a part that cannot be dealt out, would cost the prior's training.
         scenario.device(step, 0)
     return World(config, scenario, plan, accelerator, scenario.test(), proxy, calibration)
+
+
+def _check_scope(config: Config, graph: FilterGraph) -> None:
+    """With scope rows, freed filters reach the logits through the classifier alone."""
+    read = {slot.tensor for layer in graph.layers for slot in layer.slots}
+    if config.scope == "rows" and f"{graph.head}.weight" not in read:
+        raise NetError(
+            f"scope 'rows' trains the freed filters' columns of the classifier '{graph.head}', "
+            "but it reads no filter directly: use scope 'group' or 'all'"
+        )
 
 
 def _check_sizes(config: Config, scenario: Scenario) -> None:

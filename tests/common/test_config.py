@@ -27,6 +27,7 @@ OTHERS: dict[str, Any] = {
     "kd_floor": 0.1,
     "retention": 0.8,
     "accept_drop": 0.01,
+    "perturb_keep": 0.5,
 }
 
 

@@ -24,6 +24,7 @@ from common.sparsify import (
     off_state,
     scale_and_shift,
     scale_factor,
+    smaller,
 )
 from common.state import State, read_state, state_digest
 from common.train import Labelled, Recipe, accuracy_of, predict, train
@@ -211,10 +212,11 @@ def test_the_same_generator_gives_the_same_bytes_and_teachers_stay_as_they_are()
 def test_progress_is_told_by_attempt_and_epoch() -> None:
     net, graph = learnt()
     told: list[tuple[int, int]] = []
+    sets = iter([third(graph), FreeSet({"conv1": (0,)})])
     freeing(
         net,
         graph,
-        lambda _: third(graph),
+        lambda _: next(sets),
         max_drop=-2.0,
         tries=2,
         recipe=recipe(2),
@@ -280,7 +282,7 @@ def test_a_net_is_restored_to_the_last_bit_if_every_attempt_fails() -> None:
 
     def pick(share: float) -> FreeSet:
         asked.append(share)
-        return FreeSet({"conv": (0, 1, 2)})
+        return FreeSet({"conv": tuple(range(4 - len(asked)))})
 
     result, net = planted(
         pick, lamps([0, 1] * 10, [0, 1] * 10), recipe=recipe(1, lr=1e-3), tries=3, shrink=0.8
@@ -291,6 +293,22 @@ def test_a_net_is_restored_to_the_last_bit_if_every_attempt_fails() -> None:
     assert result.free.empty
     assert (result.before, result.after, result.after_cut) == (1.0, 1.0, 1.0)
     assert state_digest(read_state(net)) == state_digest(read_state(Planted()))
+
+
+def test_a_smaller_share_that_names_the_same_set_is_passed_over() -> None:
+    sets = {0.5: (0, 1, 2), 0.4: (0, 1, 2), 0.32: (0, 1)}
+    share, free = smaller(
+        lambda share: FreeSet({"conv": sets[round(share, 2)]}),
+        0.5,
+        0.8,
+        FreeSet({"conv": sets[0.5]}),
+    )
+    assert (round(share, 2), free.count) == (0.32, 2)
+
+
+def test_no_set_is_smaller_than_one_that_every_share_names() -> None:
+    refused = FreeSet({"conv": (0,)})
+    assert smaller(lambda _: refused, 0.5, 0.7, refused)[1].empty
 
 
 def test_freeing_ends_when_the_share_frees_no_filter() -> None:
