@@ -23,6 +23,7 @@ from common.importance import sensitivity, taylor
 from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
 from common.nets import build
 from common.order import NEEDS_BASE, NetSpec, Order, Report, as_free_set
+from common.proximal import proximal
 from common.regrow import regrow
 from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
@@ -233,8 +234,14 @@ def _train(
     # less time; without this step's filters the grown model is its kept part.
     kept_part = cut(base_net, graph, as_free_set(order.kept))
     before_step = None
+    teaching = order.teaching
     if order.phase == "grow":
-        teachers = [kept_part]
+        if teaching.teacher == "none" or not (teaching.weight or teaching.ntd_weight):
+            teachers = []
+        elif teaching.teacher == "round":
+            teachers = [copy.deepcopy(student)]
+        else:
+            teachers = [kept_part]
     else:
         teachers = [base_net, kept_part] if order.kept else [base_net]
         begin, end, until = order.anneal
@@ -243,14 +250,18 @@ def _train(
         def before_step(done: float) -> None:
             anneal(scale_factor(begin + (end - begin) * done, until))
 
-    skew = class_log_shares(data.y, order.net.classes, order.teaching.calibration)
-    skew = skew.to(accelerator.device)
+    skew = class_log_shares(
+        data.y, order.net.classes, teaching.calibration, mask_absent=teaching.mask_absent
+    ).to(accelerator.device)
+    objective = multi_step_objective(teachers, teaching.distillation(), skew)
+    if order.prox:
+        objective = proximal(objective, student, layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
     trained = train(
         student,
         layout,
         data,
-        multi_step_objective(teachers, order.teaching.distillation(), skew),
+        objective,
         recipe,
         torch_rng("train", *key),
         accelerator=accelerator,

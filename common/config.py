@@ -136,6 +136,9 @@ class Config(BaseModel):
     # growing (AOD)
     rounds: Count = Field(8, description="rounds of growing in a step")
     epochs: Count = Field(3, description="local epochs of such a round")
+    average: Count = Field(
+        3, description="last rounds of growing whose mean is the grown model; 1 = the last alone"
+    )
     scope: Literal["rows", "group", "all"] = Field(
         "group", description="what a device may train while growing"
     )

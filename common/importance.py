@@ -93,6 +93,11 @@ def combine_ranks(scores: Sequence[Scores]) -> Scores:
     return {name: np.mean([_ranks(each[name]) for each in scores], axis=0) for name in scores[0]}
 
 
+def random_scores(graph: FilterGraph, rng: np.random.Generator) -> Scores:
+    """Return scores that mean nothing: `choose` then frees as many filters a layer, but any."""
+    return {layer.name: rng.random(layer.width) for layer in graph.layers}
+
+
 def choose(
     graph: FilterGraph,
     scores: Mapping[str, NDArray[np.float64]],

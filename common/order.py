@@ -51,9 +51,9 @@ class Regrown(_Frozen):
 
 
 class Teaching(_Frozen):
-    """Weights of the distillation (see `common.distill.Distillation`), and the labels' part.
+    """How labels and earlier models are learnt from (see `common.distill`).
 
-    `teacher` and `mask_absent` are settings of growing; a consolidation has teachers of its own.
+    `teacher` is that of growing; a consolidation has teachers of its own.
     """
 
     weight: float = Field(ge=0)
@@ -61,8 +61,8 @@ class Teaching(_Frozen):
     floor: float = Field(ge=0, le=1)
     ntd_weight: float = Field(ge=0)
     calibration: float = Field(ge=0)
-    teacher: Literal["prior", "round", "none"] = "prior"
-    mask_absent: bool = False
+    teacher: Literal["prior", "round", "none"]
+    mask_absent: bool
 
     def distillation(self) -> Distillation:
         """Return the same for the losses."""
@@ -113,7 +113,7 @@ class Order(_Frozen):
     lr: float = Field(ge=0)
     momentum: float = Field(ge=0, le=1)
     weight_decay: float = Field(ge=0)
-    prox: float = Field(0.0, ge=0)
+    prox: float = Field(ge=0)
     crop: int = Field(ge=0)
     flip: bool
     teaching: Teaching

@@ -13,6 +13,7 @@ import numpy as np
 
 from common.config import Config
 from common.data import ImageSet, Stream, by_class, by_share, has_split, open_source, partition
+from common.data.worlds import transform, worlds_of
 from common.errors import ConfigError
 from common.seeds import numpy_rng
 
@@ -40,6 +41,7 @@ class Scenario:
         self.classes: tuple[str, ...] = self._source.classes
         self.shape: tuple[int, int, int] = self._source.shape
         self.images = len(self._source)
+        self._worlds = worlds_of(config.worlds, config.steps)
         self._decoded: dict[int, ImageSet] = {}
 
     @cached_property
@@ -73,13 +75,16 @@ class Scenario:
     def part(self, step: int) -> ImageSet:
         """Return all new images of a step (from 1), over all devices."""
         if step not in self._decoded:
-            self._decoded = {step: self._source.take(self.stream.parts[step - 1])}
+            if not self._config.joint:
+                self._decoded.clear()
+            images = self._source.take(self.stream.parts[step - 1])
+            self._decoded[step] = transform(images, self._worlds[step - 1])
         return self._decoded[step]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one scenario lives as long as its process
     def _dealt(self, step: int) -> list[np.ndarray]:
         c = self._config
-        index = self.stream.parts[step - 1]
+        index = self.stream.parts[step - 1] if step else self.stream.prior
         column = self._source.column(c.column)[index] if c.partition == "natural" else None
         return partition(
             c.partition,
@@ -94,7 +99,12 @@ class Scenario:
     def device(self, step: int, device: int) -> ImageSet:
         """Return the new images of one device in a step; step 0 sees the first part."""
         step = max(step, 1)
-        return self.part(step).select(self._dealt(step)[device])
+        own = self.part(step).select(self._dealt(step)[device])
+        if not self._config.joint:
+            return own
+        earlier = [self.prior, *(self.part(s) for s in range(1, step))]
+        shares = [part.select(self._dealt(s)[device]) for s, part in enumerate(earlier)]
+        return ImageSet.concat([*shares, own])
 
     def test(self) -> ImageSet | None:
         """Return the test split, or None if the data has none."""

@@ -1,10 +1,12 @@
-"""The layers of a twin: each computes its kept channels from kept ones, as the prior does, and
-its freed channels from both, with gradients for freed filters alone.
+"""The layers of a twin, each in two halves.
+
+Kept channels are computed from kept ones, as the prior does; freed channels from both, with
+gradients for freed filters alone.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,10 +15,19 @@ from torch import Tensor, nn
 
 from common.filters import Positions
 
-Halves = tuple[Tensor, Tensor | None]
-"""A value split along its channels: the kept ones, and the freed ones if there are any."""
+
+class Halves(NamedTuple):
+    """A value split along its channels: the kept ones, and the freed ones if there are any."""
+
+    kept: Tensor
+    freed: Tensor | None
+
 
 _CHANNELS_LAST = torch.channels_last
+_NARROW = 8  # half a vector of floats; with fewer channels most of the kernels' work is wasted
+
+_Conv = tuple[list[int], list[int], list[int], int]
+"""Stride, padding, dilation, groups."""
 
 
 class Part(nn.Module):
@@ -36,13 +47,13 @@ class Part(nn.Module):
     def take(
         self,
         leaf: str,
-        state: dict[str, Tensor],
         tensor: str,
+        source: Tensor,
         rows: Positions,
         columns: Positions | None = None,
     ) -> None:
         """Make a trainable tensor of the part from a slice of a dense one."""
-        self.register_parameter(leaf, nn.Parameter(block(state[tensor], rows, columns)))
+        setattr(self, leaf, nn.Parameter(block(source, rows, columns)))
         self.places[leaf] = (tensor, rows, columns)
 
 
@@ -78,12 +89,12 @@ class _FreedSum(torch.autograd.Function):
         from_kept: Tensor,
         from_freed: Tensor | None,
         bias: Tensor | None,
-        conv: tuple[Any, ...],
+        conv: _Conv,
     ) -> Tensor:
         ctx.save_for_backward(kept, freed, from_kept, from_freed)
         ctx.conv, ctx.biased = conv, bias is not None
         if freed is None:
-            return partial.contiguous(memory_format=_CHANNELS_LAST)
+            return partial.clone(memory_format=_CHANNELS_LAST)
         assert from_freed is not None
         return F.conv2d(freed, from_freed, None, *conv).add_(partial)
 
@@ -91,21 +102,42 @@ class _FreedSum(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gradient = gradients[0].contiguous(memory_format=_CHANNELS_LAST)
         kept, freed, from_kept, from_freed = ctx.saved_tensors
-
-        def back(x: Tensor, weight: Tensor, *, into: bool) -> Any:
-            x, cast_weight = x.to(gradient.dtype), weight.to(gradient.dtype)
-            dx, dw, _ = torch.ops.aten.convolution_backward(
-                *(gradient, x, cast_weight, None, *ctx.conv[:3]),
-                *(False, [0, 0], ctx.conv[3], [into, True, False]),
-            )
-            return dx, dw.to(weight.dtype)
-
         dfreed = dw_freed = None
         if freed is not None:
-            dfreed, dw_freed = back(freed, from_freed, into=ctx.needs_input_grad[2])
-        _, dw_kept = back(kept, from_kept, into=False)
+            dw_freed = _weight_gradient(gradient, freed, from_freed, ctx.conv)
+        if ctx.needs_input_grad[2]:
+            dfreed = _convolution_backward(gradient, freed, from_freed, ctx.conv, 0)
+        dw_kept = _weight_gradient(gradient, kept, from_kept, ctx.conv)
         dbias = gradient.sum((0, 2, 3)).to(from_kept.dtype) if ctx.biased else None
         return None, None, dfreed, dw_kept, dw_freed, dbias, None
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, conv: _Conv) -> Tensor:
+    """Return the gradient [F, C, h, w] of the filters `weight` on `x`, whose output had `gradient`.
+
+    With few filters the two change places: correlating them gives the same sums, mirrored, and
+    the kernels pay for a full vector of output channels but not of input channels.
+    """
+    stride, padding, dilation, _ = conv
+    x = x.to(gradient.dtype)
+    mirrored = [side - 1 - pad for side, pad in zip(weight.shape[2:], padding, strict=True)]
+    if len(weight) > _NARROW or stride != [1, 1] or dilation != [1, 1] or min(mirrored) < 0:
+        return _convolution_backward(gradient, x, weight, conv, 1).to(weight.dtype)
+    swapped = weight.new_empty(weight.shape[1], len(weight), *weight.shape[2:])
+    found = _convolution_backward(x, gradient, swapped, (stride, mirrored, dilation, 1), 1)
+    return found.flip(2, 3).transpose(0, 1).to(weight.dtype)
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, conv: _Conv, which: int
+) -> Tensor:
+    """Return a convolution's gradient with respect to its input (0) or its weight (1)."""
+    stride, padding, dilation, groups = conv
+    found = torch.ops.aten.convolution_backward(
+        *(gradient, x, weight.to(gradient.dtype), None, stride, padding, dilation),
+        *(False, [0, 0], groups, [which == 0, which == 1, False]),
+    )
+    return cast(Tensor, found[which])
 
 
 class TwinConv(Part):
@@ -122,7 +154,6 @@ class TwinConv(Part):
         self,
         name: str,
         conv: nn.Conv2d,
-        state: dict[str, Tensor],
         rows: np.ndarray,
         columns: np.ndarray,
         norm: nn.BatchNorm2d | None,
@@ -151,25 +182,27 @@ class TwinConv(Part):
         self.from_freed: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if len(freed_rows):
-            self.take("from_kept", state, weight, freed_rows, kept_columns)
+            self.take("from_kept", weight, conv.weight, freed_rows, kept_columns)
             if len(freed_columns):
-                self.take("from_freed", state, weight, freed_rows, freed_columns)
+                self.take("from_freed", weight, conv.weight, freed_rows, freed_columns)
             if conv.bias is not None:
-                self.take("bias", state, f"{name}.bias", freed_rows)
+                self.take("bias", f"{name}.bias", conv.bias, freed_rows)
 
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+        """Map both halves of the input to both of the output."""
+        kept = kept.contiguous(memory_format=_CHANNELS_LAST)  # once, and not for each convolution
         if self.from_kept is None:
-            return F.conv2d(kept, self.joint, self.joint_bias, *self.conv), None
+            return Halves(F.conv2d(kept, self.joint, self.joint_bias, *self.conv), None)
         with torch.no_grad():
             self.joint[self.kept :] = self.from_kept
             if self.bias is not None:
                 self.joint_bias[self.kept :] = self.bias
             both = F.conv2d(kept, self.joint, self.joint_bias, *self.conv)
-        mine = _FreedSum.apply(
+        mine = _FreedSum.apply(  # type: ignore[no-untyped-call]
             both[:, self.kept :],
             *(kept, freed, self.from_kept, self.from_freed, self.bias, self.conv),
         )
-        return both[:, : self.kept], cast(Tensor, mine)
+        return Halves(both[:, : self.kept], cast(Tensor, mine))
 
 
 class TwinDepthwise(Part):
@@ -182,7 +215,6 @@ class TwinDepthwise(Part):
         self,
         name: str,
         conv: nn.Conv2d,
-        state: dict[str, Tensor],
         rows: np.ndarray,
         norm: nn.BatchNorm2d | None,
     ) -> None:
@@ -201,59 +233,66 @@ class TwinDepthwise(Part):
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if len(freed_rows):
-            self.take("weight", state, f"{name}.weight", freed_rows)
+            self.take("weight", f"{name}.weight", conv.weight, freed_rows)
             if conv.bias is not None:
-                self.take("bias", state, f"{name}.bias", freed_rows)
+                self.take("bias", f"{name}.bias", conv.bias, freed_rows)
 
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+        """Map both halves of the input to both of the output."""
         kept = F.conv2d(kept, self.kept_weight, self.kept_bias, *self.conv, kept.shape[1])
         if freed is None or self.weight is None:
-            return kept, None
-        return kept, F.conv2d(freed, self.weight, self.bias, *self.conv, freed.shape[1])
+            return Halves(kept, None)
+        return Halves(kept, F.conv2d(freed, self.weight, self.bias, *self.conv, freed.shape[1]))
 
 
 class TwinNorm(Part):
     """BatchNorm: running statistics for kept channels, the batch's for freed ones in training."""
 
+    affine: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
     def __init__(
         self,
         name: str,
         norm: nn.BatchNorm2d,
-        state: dict[str, Tensor],
         channels: np.ndarray,
         *,
         folded: bool,
     ) -> None:
         super().__init__()
         kept, freed = split(channels)
-        self.affine: tuple[str, str] | None = None
+        self.register_buffer("affine", None)
         if not folded:
             scale, shift = fold(norm, kept)
-            self.register_buffer("scale", scale.to(norm.weight.dtype)[:, None, None])
-            self.register_buffer("shift", shift.to(norm.weight.dtype)[:, None, None])
-            self.affine = ("scale", "shift")
-        self.running_mean: Tensor | None = None
-        self.running_var: Tensor | None = None
+            both = torch.stack([scale, shift]).to(norm.weight.dtype)
+            self.register_buffer("affine", both[:, :, None, None])
+        self.register_buffer("running_mean", None)
+        self.register_buffer("running_var", None)
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
         self.eps = norm.eps
         self.momentum = 0.1 if norm.momentum is None else norm.momentum
         if len(freed):
-            self.take("weight", state, f"{name}.weight", freed)
-            self.take("bias", state, f"{name}.bias", freed)
+            self.take("weight", f"{name}.weight", norm.weight, freed)
+            self.take("bias", f"{name}.bias", norm.bias, freed)
             for leaf in ("running_mean", "running_var"):
-                delattr(self, leaf)
-                self.register_buffer(leaf, block(state[f"{name}.{leaf}"], freed))
+                self.register_buffer(leaf, block(getattr(norm, leaf), freed))
                 self.places[leaf] = (f"{name}.{leaf}", freed, None)
 
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+        """Map both halves of the input to both of the output."""
         if self.affine is not None:
-            kept = torch.addcmul(self.shift, kept, self.scale)
+            kept = torch.addcmul(self.affine[1], kept, self.affine[0])
         if freed is None:
-            return kept, None
+            return Halves(kept, None)
+        if freed.shape[1] < _NARROW:
+            freed = freed.contiguous()
         freed = F.batch_norm(
             *(freed, self.running_mean, self.running_var, self.weight, self.bias),
             *(self.training, self.momentum, self.eps),
-        )
-        return kept, freed
+        ).contiguous(memory_format=_CHANNELS_LAST)
+        return Halves(kept, freed)
 
 
 class TwinHead(Part):
@@ -261,21 +300,20 @@ class TwinHead(Part):
 
     kept_weight: Tensor
 
-    def __init__(
-        self, name: str, linear: nn.Linear, state: dict[str, Tensor], columns: np.ndarray
-    ) -> None:
+    def __init__(self, name: str, linear: nn.Linear, columns: np.ndarray) -> None:
         super().__init__()
         kept, freed = split(columns)
         rows = np.arange(linear.out_features)
         self.register_buffer("kept_weight", block(linear.weight, rows, kept))
         bias = None if linear.bias is None else linear.bias.detach().clone()
         self.register_buffer("kept_bias", bias)
-        self.take("weight", state, f"{name}.weight", rows, freed)
+        self.take("weight", f"{name}.weight", linear.weight, rows, freed)
 
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+        """Map both halves of the input to both of the output."""
         assert freed is not None
         taught = F.linear(kept, self.kept_weight, cast("Tensor | None", self.kept_bias))
-        return taught, taught + F.linear(freed, cast(Tensor, self.weight))
+        return Halves(taught, taught + F.linear(freed, cast(Tensor, self.weight)))
 
 
 def split(freed: np.ndarray) -> tuple[Positions, Positions]:

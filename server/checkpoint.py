@@ -143,9 +143,10 @@ class CheckpointFolder:
             )
 
     def _encode(self, state: RunState) -> dict[str, Any]:
-        values = None
-        if state.values is not None:
-            values = self._tensors.put({"values": torch.from_numpy(state.values)})
+        packed = {
+            name: None if array is None else self._tensors.put({name: torch.from_numpy(array)})
+            for name, array in (("values", state.values), ("tail", state.tail))
+        }
         scores = state.scores
         return {
             "step": state.step,
@@ -156,7 +157,7 @@ class CheckpointFolder:
             "kd_weight": state.kd_weight,
             "prior": self._tensors.put(state.prior),
             "base": self._tensors.put(state.base),
-            "values": values,
+            **packed,
             "source": state.source,
             "free": as_channels(state.free),
             "next_free": as_channels(state.next_free),
@@ -171,7 +172,7 @@ class CheckpointFolder:
         }
 
     def _decode(self, value: dict[str, Any]) -> RunState:
-        values, scores = value["values"], value["scores"]
+        scores = value["scores"]
         return RunState(
             step=value["step"],
             phase=value["phase"],
@@ -181,7 +182,8 @@ class CheckpointFolder:
             kd_weight=value["kd_weight"],
             prior=self._tensor(value["prior"]),
             base=self._tensor(value["base"]),
-            values=None if values is None else self._tensor(values)["values"].numpy(),
+            values=self._array(value, "values"),
+            tail=self._array(value, "tail"),
             source=value["source"],
             free=as_free_set(value["free"]),
             next_free=as_free_set(value["next_free"]),
@@ -194,6 +196,9 @@ class CheckpointFolder:
             done=value["done"],
             stopped=value["stopped"],
         )
+
+    def _array(self, state: dict[str, Any], name: str) -> np.ndarray | None:
+        return None if state[name] is None else self._tensor(state[name])[name].numpy()
 
     def _tensor(self, digest: str) -> State:
         try:
@@ -214,7 +219,7 @@ def _digests(path: Path) -> set[str]:
         state = read_json(path)["state"]
     except StoreError:
         return set()
-    return {state[name] for name in ("prior", "base", "values") if state[name]}
+    return {state[name] for name in ("prior", "base", "values", "tail") if state[name]}
 
 
 def _number(value: float) -> float | None:

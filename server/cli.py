@@ -94,6 +94,53 @@ def simulate(
 
 
 @app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for cells and tables; run again to go on.")],
+    data: Annotated[str | None, typer.Option(help="'digits', a folder or a file.")] = None,
+    protocol: Annotated[str, typer.Option(help="instance, domain or class.")] = "instance",
+    parts: Annotated[int, typer.Option(help="Of the stream, the prior's among them.")] = 2,
+    methods: Annotated[str | None, typer.Option(help="all, or names with commas.")] = None,
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    devices: Annotated[int | None, typer.Option(help="Simulated devices.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Dirichlet; small = skewed.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds a step.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Local epochs a round.")] = None,
+    net: Annotated[str | None, typer.Option(help="See `fallow nets`.")] = None,
+    width: Annotated[float | None, typer.Option(help="Width of the net.")] = None,
+    prior_size: Annotated[int | None, typer.Option(help="Images for the prior.")] = None,
+    part_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small data: seconds a cell.")] = False,
+    workers: Annotated[int, typer.Option(help="Cells at a time; 0 = one a core.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, for all methods.")
+    ] = None,
+) -> None:
+    """Compare methods on a stream of new data, everything else equal."""
+    from server.bench.plan import cells_of
+    from server.bench.runner import run_bench
+    from server.bench.table import rich_tables
+
+    given = {
+        "data": data,
+        "devices": devices,
+        "alpha": alpha,
+        "rounds": rounds,
+        "epochs": epochs,
+        "net": net,
+        "width": width,
+        "prior_size": prior_size,
+        "part_size": part_size,
+    }
+    asked = {**{k: v for k, v in given.items() if v is not None}, **_assignments(settings or [])}
+    cells = cells_of(protocol, parts, methods, seeds, asked, quick=quick)
+    console = Console()
+    rows = run_bench(cells, out, workers, console.print)
+    for table in rich_tables(rows):
+        console.print(table)
+    console.print(f"tables  {out / 'table.md'}, {out / 'results.json'}")
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default."""
     table = Table("setting", "default", "meaning")

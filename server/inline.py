@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -52,7 +53,7 @@ class InlineGrid(Grid):
         self._devices = devices
         self._cache = cache
         self._count = min(workers or len(os.sched_getaffinity(0)), devices)
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Executor | None = None
         self._numbers = itertools.count(1)
         self._pending: dict[str, Future[Message]] = {}
         self._run = Run.create_empty(run_id=1)
@@ -143,6 +144,7 @@ class InlineGrid(Grid):
 def _prepare() -> None:
     """Set a worker up: one thread, so that sums round alike wherever a device is trained."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's process ends the workers
     _identify()
 
 

@@ -20,13 +20,14 @@ from torch import nn
 
 from common.config import Config
 from common.filters import FilterGraph, FreeSet
-from common.importance import bn_scale, choose, combine_ranks
+from common.importance import bn_scale, choose, combine_ranks, random_scores
 from common.layout import Layout, consolidation_layout, scope_layout
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
 from common.regrow import Diversity, regrow
-from common.seeds import seed_of
+from common.seeds import numpy_rng, seed_of
 from common.sparsify import Attempt, off_state, scale_factor, smaller
-from common.state import State, state_digest, write_state
+from common.state import State, read_state, state_digest, write_state
+from server.prior import make_net
 
 Scores = dict[str, np.ndarray]
 
@@ -76,6 +77,8 @@ class RunState:
         consolidating.
     values : float32 array or None
         Packed entries of the phase's layout; None where they equal the base's.
+    tail : float32 array or None
+        Mean of the last growing rounds' values so far; it is what a step's growing ends with.
     free, next_free : FreeSet
         The freed filters that this step trains; those that its consolidation frees.
     source : str or None
@@ -93,6 +96,7 @@ class RunState:
     kd_weight: float
     next_free: FreeSet = field(default_factory=lambda: FreeSet({}))
     values: np.ndarray | None = None
+    tail: np.ndarray | None = None
     source: str | None = None
     attempt: int = 0
     round: int = 0
@@ -134,9 +138,9 @@ class Outcome:
 
 
 def start(plan: Plan, prior: State, free: FreeSet) -> RunState:
-    """Return the state of a new run: at step 1, or at step 0 if nothing is free yet."""
+    """Return the state of a new run: at step 1, or at step 0 if the prior has yet to be freed."""
     config = plan.config
-    if free.empty:
+    if free.empty and config.freeing in ("always", "prior"):
         return RunState(0, "weigh", prior, prior, free, config.share, config.kd_weight)
     return _begin_step(plan, 1, prior, free, ())
 
@@ -145,8 +149,13 @@ def _begin_step(
     plan: Plan, step: int, prior: State, free: FreeSet, finished: tuple[StepOutcome, ...]
 ) -> RunState:
     config = plan.config
-    seed = _regrow_seed(plan, step)
-    base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+    base, source = prior, None
+    if config.regrow and (config.freeing != "prior" or step == 1):
+        seed = _regrow_seed(plan, step)
+        base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+        source = state_digest(prior)
+    if config.perturb_keep < 1 or config.perturb_noise > 0:
+        base, source = _perturbed(plan, base, step), None
     return RunState(
         step,
         "grow",
@@ -155,13 +164,26 @@ def _begin_step(
         free,
         config.share,
         config.kd_weight,
-        source=state_digest(prior),
+        source=source,
         finished=finished,
     )
 
 
 def _regrow_seed(plan: Plan, step: int) -> int:
     return seed_of("regrow", plan.config.seed, step)
+
+
+def _perturbed(plan: Plan, state: State, step: int) -> State:
+    """Return all weights shrunk and mixed with fresh ones (Ash & Adams, NeurIPS 2020)."""
+    config = plan.config
+    seed = seed_of("perturb", config.seed, step)
+    fresh = read_state(make_net(config.model_copy(update={"seed": seed}), plan.spec))
+    return {
+        name: config.perturb_keep * tensor + config.perturb_noise * fresh[name]
+        if tensor.dim() > 1
+        else tensor
+        for name, tensor in state.items()
+    }
 
 
 def layout_of(plan: Plan, state: RunState) -> Layout:
@@ -204,6 +226,8 @@ def order_of(plan: Plan, state: RunState) -> Order:
             seed=_regrow_seed(plan, state.step),
             diversity=plan.diversity.shares(),
         )
+    # Where nothing is freed after a step, what its filters have learnt belongs to the next prior.
+    learnt = growing and config.freeing == "prior" and state.step > 1
     begin, end = anneal_span(plan, state)
     keep = None if training else state_digest(current_model(plan, state))
     return Order(
@@ -217,7 +241,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
         base=state.base_digest,
         regrown=regrown,
         free=as_channels(state.free if state.phase in ("grow", "weigh") else state.next_free),
-        kept=as_channels(state.free),
+        kept={} if learnt else as_channels(state.free),
         scope=config.scope,
         layout=layout_of(plan, state).digest,
         keep=keep,
@@ -226,14 +250,17 @@ def order_of(plan: Plan, state: RunState) -> Order:
         lr=peak * 0.5 * (1 + math.cos(math.pi * state.round / rounds)) if training else 0.0,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        prox=config.prox if growing else 0.0,
         crop=crop_of(config, plan.spec),
         flip=config.flip and plan.spec.input_shape[0] == 3,
         teaching=Teaching(
             weight=state.kd_weight,
             temperature=config.kd_temperature,
-            floor=config.kd_floor,
+            floor=config.kd_floor if config.adaptive else 1.0,
             ntd_weight=config.ntd_weight,
             calibration=config.label_calibration,
+            teacher=config.kd_teacher if growing else "prior",
+            mask_absent=config.mask_absent,
         ),
         anneal=(begin, end, config.anneal),
         heldout=config.heldout,
@@ -257,16 +284,54 @@ def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
 
 
 def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
-    done = state.round + 1
-    more: Phase = "grow" if done < plan.config.rounds else "weigh"
+    config, done = plan.config, state.round + 1
+    assert outcome.values is not None
+    averaged = min(config.average, config.rounds)
+    tail = _running_mean(state.tail, outcome.values, done - (config.rounds - averaged))
+    if done == config.rounds:
+        outcome, tail = replace(outcome, values=tail), None
+    if done == config.rounds and config.freeing in ("prior", "never"):
+        return _after_last_grow(plan, state, outcome)
+    more: Phase = "grow" if done < config.rounds else "weigh"
     return replace(
         state,
         phase=more,
         round=done if more == "grow" else 0,
         values=outcome.values,
-        kd_weight=_steer(plan.config, state.kd_weight, outcome),
+        tail=tail,
+        kd_weight=_steer(config, state.kd_weight, outcome),
         lambdas=(*state.lambdas, state.kd_weight),
     )
+
+
+def _running_mean(tail: np.ndarray | None, values: np.ndarray, number: int) -> np.ndarray | None:
+    """Return the mean of the last rounds' values, of which this is the `number`-th.
+
+    Devices with skewed data pull each round's mean to and fro; the mean of the last few is
+    better than the last (stochastic weight averaging, Izmailov et al., UAI 2018).
+    """
+    if number < 1:
+        return None
+    if tail is None:
+        return values
+    mean: np.ndarray = tail + (values - tail) / np.float32(number)
+    return mean
+
+
+def _after_last_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """End a step without freeing: nothing is weighed, and the grown model is taken as it is.
+
+    Its accuracy on held-out images is that of the model with which the last round began.
+    """
+    grown = replace(
+        state,
+        values=outcome.values,
+        heldout_prior=outcome.prior_right / outcome.heldout,
+        heldout_grown=outcome.right / outcome.heldout,
+        lambdas=(*state.lambdas, state.kd_weight),
+    )
+    model = current_model(plan, grown)
+    return _end_step(plan, grown, model, state.free, grown.heldout_grown, None)
 
 
 _STEER_UP, _STEER_DOWN, _STEER_RANGE = 1.25, 0.9, 4.0
@@ -278,7 +343,7 @@ def _steer(config: Config, weight: float, outcome: Outcome) -> float:
     Used where the server has no images of its own to distil on; it steers by the share of the
     held-out images that the prior gets right and the grown model still does.
     """
-    if config.proxy or not outcome.prior_right:
+    if config.proxy or not config.adaptive or not outcome.prior_right:
         return weight
     kept = outcome.both_right / outcome.prior_right
     weight *= _STEER_UP if kept < config.retention else _STEER_DOWN
@@ -304,6 +369,8 @@ def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     model = current_model(plan, state)
     write_state(plan.net, model)
     scores = combine_ranks([bn_scale(plan.net, plan.graph), *outcome.scores])
+    if config.choice == "random":
+        scores = random_scores(plan.graph, numpy_rng("choice", config.seed, state.step))
     weighed = replace(
         state,
         phase="consolidate",
@@ -430,6 +497,8 @@ def rounds_left(plan: Plan, state: RunState) -> int:
         "consolidate": config.consolidate_rounds,
         "judge": 1,
     }
+    if config.freeing in ("prior", "never") and state.step > 0:
+        of_step = {"grow": config.rounds}
     phases = list(of_step)
     here = phases.index(state.phase)
     rest = sum(of_step[phase] for phase in phases[here:]) - state.round

@@ -18,11 +18,18 @@ from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import Distillation
 from common.errors import DataError, NetError
 from common.filters import FilterGraph, FreeSet
-from common.importance import bn_scale, choose, combine_ranks, sensitivity, taylor
+from common.importance import (
+    bn_scale,
+    choose,
+    combine_ranks,
+    random_scores,
+    sensitivity,
+    taylor,
+)
 from common.layout import dense_layout
 from common.nets import build
 from common.order import NetSpec
-from common.seeds import torch_rng
+from common.seeds import numpy_rng, torch_rng
 from common.sparsify import Freeing, free_filters
 from common.state import State, read_state, write_state
 from common.store import read_state_file
@@ -79,13 +86,24 @@ def train_prior(
     augment: Augment,
     tell: Tell,
 ) -> Prior:
-    """Train the first model on the operator's data and free its filters there.
+    """Train the first model on the operator's data and, by `freeing`, free its filters there.
 
     Raises
     ------
     DataError
         If too few images are held out to decide on the freeing.
     """
+    trained = fit_prior(config, spec, graph, images, accelerator, augment, tell)
+    if config.freeing in ("always", "prior"):
+        return free_prior(config, spec, graph, trained, images, accelerator, augment, tell)
+    net = make_net(config, spec).to(accelerator.device)
+    write_state(net, trained)
+    heldout = _split(config, spec, images)[1]
+    accuracy = accuracy_of(net, heldout, accelerator)
+    return Prior(trained, trained, FreeSet({}), accuracy, None, "trained")
+
+
+def _split(config: Config, spec: NetSpec, images: ImageSet) -> tuple[Labelled, Labelled]:
     normalisation = Normalisation(spec.mean, spec.std)
     kept, held = split_holdout(images, config.heldout)
     data, heldout = Labelled.of(kept, normalisation), Labelled.of(held, normalisation)
@@ -94,6 +112,20 @@ def train_prior(
             f"{len(images)} image(s) for the prior leave {len(data)} to train on and "
             f"{len(heldout)} to decide on: raise prior-size or heldout (now {config.heldout})"
         )
+    return data, heldout
+
+
+def fit_prior(
+    config: Config,
+    spec: NetSpec,
+    graph: FilterGraph,
+    images: ImageSet,
+    accelerator: Accelerator,
+    augment: Augment,
+    tell: Tell,
+) -> State:
+    """Train the first model on the operator's data; raises as `train_prior` does."""
+    data, _ = _split(config, spec, images)
     net = make_net(config, spec).to(accelerator.device)
     train(
         net,
@@ -105,12 +137,30 @@ def train_prior(
         accelerator=accelerator,
         after_epoch=lambda epoch, loss: tell("prior", epoch, config.prior_epochs, loss),
     )
-    trained = read_state(net)
+    return read_state(net)
+
+
+def free_prior(
+    config: Config,
+    spec: NetSpec,
+    graph: FilterGraph,
+    trained: State,
+    images: ImageSet,
+    accelerator: Accelerator,
+    augment: Augment,
+    tell: Tell,
+) -> Prior:
+    """Free filters of a trained first model on the data that it was trained on."""
+    data, heldout = _split(config, spec, images)
+    net = make_net(config, spec).to(accelerator.device)
+    write_state(net, trained)
     scored = Labelled(data.x[:_SCORED_IMAGES], data.y[:_SCORED_IMAGES])
     batches = list(zip(torch.split(scored.x, 128), torch.split(scored.y, 128), strict=True))
     scores = combine_ranks(
         [bn_scale(net, graph), sensitivity(net, graph, batches), taylor(net, graph, batches)]
     )
+    if config.choice == "random":
+        scores = random_scores(graph, numpy_rng("choice", config.seed, 0))
     teacher = copy.deepcopy(net).eval()
     freeing = free_filters(
         net,

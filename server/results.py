@@ -153,7 +153,7 @@ class Results:
                 f"{name}: freeing {attempt.share:.1%} of the filters cost "
                 f"{attempt.drop * 100:+.2f} points of held-out accuracy: {verdict}"
             )
-        if outcome.free.empty:
+        if outcome.free.empty and self._world.config.freeing in ("always", "steps"):
             yield (
                 f"{name}: nothing could be freed within max-drop "
                 f"{self._world.config.max_drop}; the model stays whole"

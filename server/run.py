@@ -176,7 +176,7 @@ class _Conductor:
         prior = self._make_prior()
         state = start(self._world.plan, prior.state, prior.free)
         self._results.prior_made(prior, time.monotonic() - began)
-        if not prior.free.empty:
+        if state.step > 0:
             self._publish(0, state)
         return state
 
@@ -249,6 +249,8 @@ class _Conductor:
             grown = current_model(self._world.plan, before)
             self._results.grown(before.step, grown)
         if len(after.finished) > len(before.finished):
+            if before.phase == "grow":  # nothing is freed after a step
+                self._results.grown(before.step, after.prior)
             outcome = after.finished[-1]
             for text in self._results.verdicts(outcome):
                 self._progress.message(text)

@@ -25,7 +25,15 @@ SETTINGS: dict[str, Any] = Config.parse(
     {"net": "resnet8", "width": 8, "devices": 4, "part-size": 200, "prior-size": 100}
 ).flat()
 SPEC = NetSpec(name="resnet8", classes=10, input_shape=(1, 8, 8), width=8, mean=(0.3,), std=(0.4,))
-TEACHING = Teaching(weight=0.3, temperature=2.0, floor=0.3, ntd_weight=0.0, calibration=1.0)
+TEACHING = Teaching(
+    weight=0.3,
+    temperature=2.0,
+    floor=0.3,
+    ntd_weight=0.0,
+    calibration=1.0,
+    teacher="prior",
+    mask_absent=False,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +97,7 @@ def judged() -> tuple[Order, np.ndarray]:
             lr=0.0,
             momentum=0.9,
             weight_decay=0.0,
+            prox=0.0,
             crop=0,
             flip=False,
             teaching=TEACHING,

@@ -29,7 +29,15 @@ from common.train import Labelled, predict
 
 SPEC = NetSpec(name="resnet8", classes=10, input_shape=(1, 8, 8), width=8, mean=(0.3,), std=(0.4,))
 DIVERSITY = Diversity()
-TEACHING = Teaching(weight=0.3, temperature=2.0, floor=0.3, ntd_weight=0.1, calibration=1.0)
+TEACHING = Teaching(
+    weight=0.3,
+    temperature=2.0,
+    floor=0.3,
+    ntd_weight=0.1,
+    calibration=1.0,
+    teacher="prior",
+    mask_absent=False,
+)
 SEED = 11
 
 
@@ -91,6 +99,7 @@ class World:
             lr=0.05,
             momentum=0.9,
             weight_decay=5e-4,
+            prox=0.0,
             crop=1,
             flip=False,
             teaching=TEACHING,

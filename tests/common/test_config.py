@@ -1,5 +1,7 @@
 """Settings: each is checked, converted, described, and told by name if it is wrong."""
 
+import tomllib
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -83,6 +85,12 @@ def test_flat_settings_are_kebab_case_and_give_the_same_again() -> None:
     assert (config.max_drop, config.part_size, config.flip) == (0.01, 40, False)
 
 
+def test_flowers_run_config_has_every_setting_with_its_default() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    listed = project["tool"]["flwr"]["app"]["config"]
+    assert {k: v for k, v in listed.items() if k not in ("out", "resume")} == Config().flat()
+
+
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValidationError):
         Config().share = 0.5
@@ -154,6 +162,11 @@ def test_a_bad_value_is_told_with_name_value_and_what_is_allowed(
         ({"share": 0.4, "cap": 0.3}, "share 0.4 is above cap 0.3: raise cap"),
         ({"partition": "natural"}, "partition is 'natural' but column is empty: name the column"),
         ({"devices": 3, "min-devices": 4}, "min-devices 4 is above devices 3: lower it"),
+        (
+            {"freeing": "never", "scope": "rows"},
+            "freeing is 'never' but scope is 'rows', which trains freed filters: use scope "
+            "'group' or 'all'",
+        ),
         (
             dict.fromkeys(
                 (f"regrow-{r}" for r in ("orthogonal", "kaiming", "xavier", "resample")), 0

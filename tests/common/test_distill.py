@@ -313,3 +313,14 @@ def test_a_blend_of_certainties_is_finite() -> None:
     mixed = blend(one, other)
     assert torch.isfinite(mixed).all()
     torch.testing.assert_close(F.softmax(mixed, 1), torch.full((1, 2), 0.5))
+
+
+def test_absent_classes_can_be_left_out_of_the_cross_entropy_altogether() -> None:
+    labels = torch.tensor([0, 0, 2, 2])
+    shares = class_log_shares(labels, 4, 0.0, mask_absent=True)
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    F.cross_entropy(logits + shares, labels).backward()
+    assert logits.grad is not None
+    assert not logits.grad[:, [1, 3]].any()
+    present = F.cross_entropy(logits[:, [0, 2]], torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(F.cross_entropy(logits + shares, labels), present)

@@ -60,6 +60,7 @@ ORDER: dict[str, Any] = {
     "lr": 0.05,
     "momentum": 0.9,
     "weight_decay": 5e-4,
+    "prox": 0.0,
     "crop": 4,
     "flip": True,
     "teaching": {
@@ -68,6 +69,8 @@ ORDER: dict[str, Any] = {
         "floor": 0.25,
         "ntd_weight": 0.1,
         "calibration": 1.0,
+        "teacher": "prior",
+        "mask_absent": False,
     },
     "anneal": [0.0, 0.2, 0.6],
     "heldout": 0.15,

@@ -84,7 +84,7 @@ def fingerprint(state: RunState) -> dict[str, Any]:
         value = getattr(state, field.name)
         if field.name in ("prior", "base"):
             value = state_digest(value)
-        elif field.name == "values":
+        elif field.name in ("values", "tail"):
             value = None if value is None else value.tobytes()
         elif field.name == "scores" and value is not None:
             value = {name: score.tobytes() for name, score in value.items()}
@@ -375,6 +375,23 @@ def test_with_nothing_free_a_run_of_rows_ends_early_and_says_why() -> None:
     assert [outcome.step for outcome in last.finished] == [1]
     assert last.stopped is not None
     assert "max-drop 0.005" in last.stopped
+
+
+@pytest.mark.parametrize(("average", "averaged"), [(1, [5]), (3, [3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_growing_ends_with_the_mean_of_its_last_rounds(average: int, averaged: list[int]) -> None:
+    plan = make_plan(rounds=5, average=average)
+
+    def numbered(plan: Plan, state: RunState) -> Outcome:
+        values = np.full(layout_of(plan, state).size, state.round + 1, np.float32)
+        return replace(outcome(plan, state), values=values)
+
+    states = walk(plan, begin(plan), numbered, until=at("weigh"))
+    assert [s.values[0] for s in states[1:-1] if s.values is not None] == [1, 2, 3, 4]
+    last = states[-1].values
+    assert last is not None
+    assert last.dtype == np.float32
+    assert np.allclose(last, np.mean(averaged))
+    assert states[-1].tail is None
 
 
 # a model that was brought

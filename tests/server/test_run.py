@@ -581,3 +581,20 @@ def test_a_run_leaves_torchs_generator_alone(plain: Path, tmp_path: Path, no_exp
     np.random.seed(5)
     summary = play(quick(), tmp_path / "out")
     assert summary["steps"][0]["model_digest"] == summary_of(plain)["steps"][0]["model_digest"]
+
+
+@pytest.mark.parametrize("freeing", ["never", "prior", "steps"])
+def test_a_run_that_frees_less_is_told_in_full(
+    tmp_path: Path, no_export: None, freeing: str
+) -> None:
+    config = quick(freeing=freeing, scope="all", steps=2, max_drop=0.9)
+    summary = play(config, tmp_path / "out")
+    phases = [line["phase"] for line in lines(tmp_path / "out")]
+    assert phases == (STEP if freeing == "steps" else ["grow", "grow"]) * 2
+    assert summary["status"] == "complete"
+    assert _problem(summary, "summary") is None
+    assert (summary["prior"]["freed_share"] > 0) == (freeing == "prior")
+    for step in summary["steps"]:
+        assert step["grown_accuracy"] is not None
+        assert step["heldout"]["grown"] >= 0
+        assert (step["freed_share"] > 0) == (freeing != "never")

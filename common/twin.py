@@ -1,0 +1,154 @@
+"""Kept and freed filters run as two nets: teacher and student in one forward pass.
+
+After regrowing, with scope ``rows``, kept filters read no freed ones: the kept part of the net
+*is* the prior model, and stays it. So it needs no gradients, no activations saved for itself, and
+no BatchNorm of its own (folded into the convolutions); the freed part is a small net beside it,
+which reads both. It learns what the whole net would with all else frozen
+(`common.frozen.training_only`), in a fraction of the time and memory.
+
+    twin = Twin(net, graph, free)
+    objective = multi_step_objective([twin.teacher], distillation)       # common.sparsify
+    train(twin, twin.layout, data, objective, recipe, rng)               # common.train
+    twin.merge(net)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.errors import NetError
+from common.filters import FilterGraph, FreeSet, freed_index
+from common.layout import Entry, Layout
+from common.twin_ops import Halves, Part
+from common.twin_trace import Builder, TwinUnsupported, evaluate
+
+__all__ = ["Twin", "TwinUnsupported"]
+
+_TOLERANCE = 1e-3  # of the largest logit; a channel mistaken for another is far beyond it
+
+
+class Twin(nn.Module):
+    """A net split into its kept part, frozen, and its freed part, which trains.
+
+    Its parameters and buffers are copies: `merge` writes the freed ones back.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Any net that the filter graph was built for; left as it is.
+    graph, free
+        Its filter groups and those that are freed.
+
+    Raises
+    ------
+    NetError
+        A kept filter reads a freed one, or a layer has no kept filter; names the tensor.
+    TwinUnsupported
+        A `NetError` too: the net has operations that cannot be followed, or its classifier reads
+        no freed filter. Train it with masks instead.
+    """
+
+    def __init__(self, net: nn.Module, graph: FilterGraph, free: FreeSet) -> None:
+        super().__init__()
+        _check_kept(net, graph, free)
+        example = torch.randn(2, *graph.input_shape, generator=torch.Generator().manual_seed(0))
+        example = example.to(next(net.parameters()))
+        with torch.no_grad():
+            builder = Builder(net, graph, free, example)
+            _compare(net, example, builder.logits)
+        self._ops = builder.ops
+        self.parts = nn.ModuleDict({_key(name): part for name, part in builder.parts.items()})
+        self.teacher = Teacher()
+        self.layout = Layout("twin", tuple(self._entries()))
+        self.train()
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prior's logits [B, C], which have no gradient, and the student's."""
+        taught, logits = evaluate(self._ops, x.contiguous(memory_format=torch.channels_last))
+        assert logits is not None
+        return taught, logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the student's logits [B, C]; `teacher` then knows the prior's."""
+        taught, logits = self.both(x)
+        self.teacher.remember(x, taught)
+        return logits
+
+    @torch.no_grad()
+    def merge(self, net: nn.Module) -> None:
+        """Write the freed filters into `net`, in place; a twin of it has the same bytes."""
+        tensors = net.state_dict()  # of the net's own storage
+        for _, part, leaf in self._trained():
+            name, rows, columns = part.places[leaf]
+            at = (rows,) if columns is None else np.ix_(rows, columns)
+            tensor = tensors[name]
+            index = tuple(torch.from_numpy(i).to(tensor.device) for i in at)
+            tensor[index] = getattr(part, leaf).to(tensor)
+
+    def _trained(self) -> Iterator[tuple[str, Part, str]]:
+        for name, part in self.parts.items():
+            assert isinstance(part, Part)
+            for leaf in part.places:
+                yield f"parts.{name}.{leaf}", part, leaf
+
+    def _entries(self) -> Iterator[Entry]:
+        for name, part, leaf in self._trained():
+            kind = {"running_mean": "mean", "running_var": "var"}.get(leaf, "weight")
+            yield Entry(name, tuple(getattr(part, leaf).shape), kind, None)
+
+
+class Teacher(nn.Module):
+    """The prior model, which has already run: gives the logits of a twin's last forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def remember(self, x: Tensor, logits: Tensor) -> None:
+        """Keep the logits of images `x`."""
+        self._seen = (x, logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the prior's logits [B, C] of the images that the twin has just seen."""
+        if self._seen is None or self._seen[0] is not x:
+            raise NetError("the twin's teacher was asked about images that the twin has not seen")
+        return self._seen[1]
+
+
+def _check_kept(net: nn.Module, graph: FilterGraph, free: FreeSet) -> None:
+    for name, channels in free.channels.items():
+        if len(channels) == graph.layer(name).width:
+            raise NetError(f"layer {name!r} has no kept filter: free fewer of them")
+    freed = freed_index(graph, free)
+    if f"{graph.head}.weight" not in freed.out:
+        raise TwinUnsupported(f"the classifier {graph.head!r} reads no freed filter")
+    tensors = dict(net.named_parameters())
+    for name, columns in freed.out.items():
+        if name == f"{graph.head}.weight":
+            continue
+        tensor = tensors[name].detach().cpu()
+        kept = np.setdiff1d(np.arange(len(tensor)), freed.own.get(name, []))
+        if tensor[np.ix_(kept, columns)].any():
+            raise NetError(
+                f"kept filters read freed ones in {name!r}: a twin needs a regrown model trained "
+                "with scope rows"
+            )
+
+
+def _compare(net: nn.Module, example: Tensor, logits: Halves) -> None:
+    """Hold the student's logits against the net's own."""
+    modes = [(module, module.training) for module in net.modules()]
+    expected = net.eval()(example)
+    for module, training in modes:
+        module.training = training
+    assert logits.freed is not None
+    if (logits.freed - expected).abs().max() > _TOLERANCE * expected.abs().max():
+        raise TwinUnsupported("the net does not compute what its split halves do")
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a module's name must not have dots

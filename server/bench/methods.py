@@ -1,0 +1,133 @@
+"""What is compared: every method is a set of settings over one and the same client and server.
+
+A method changes what the devices train and learn from, nothing else: prior model, partition,
+sampling, rounds, local epochs, learning rate and augmentation are those of all.
+``name@key=value+key=value`` is a variant of a method, for a search of its own settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.errors import ConfigError
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name.
+
+    Attributes
+    ----------
+    settings : mapping
+        What it changes in `common.config.Config`, in snake case.
+    kind : {"rounds", "frozen", "central"}
+        Rounds over the devices; the prior as it is; training on all data at one place.
+    """
+
+    name: str
+    about: str
+    settings: Settings
+    kind: Literal["rounds", "frozen", "central"] = "rounds"
+
+
+WHOLE: Settings = {
+    "scope": "all",
+    "freeing": "never",
+    "kd_teacher": "none",
+    "label_calibration": 0.0,
+}
+"""Plain federated learning of the whole net: cross-entropy, nothing freed."""
+
+_ALL = (
+    Method("prior", "the prior model, never changed", {}, "frozen"),
+    Method("fedavg", "FedAvg fine-tuning (McMahan et al., AISTATS 2017)", WHOLE),
+    Method("fedprox", "FedAvg + proximal term (Li et al., MLSys 2020)", {**WHOLE, "prox": 0.01}),
+    Method(
+        "fedlwf",
+        "FedAvg + KD from the prior on all images, T 2, weight 1 (Li & Hoiem, ECCV 2016)",
+        {
+            **WHOLE,
+            "kd_teacher": "prior",
+            "kd_weight": 1.0,
+            "kd_temperature": 2.0,
+            "adaptive": False,
+        },
+    ),
+    Method(
+        "fedntd",
+        "FedAvg + not-true KD from the round's model, T 1, weight 1 (Lee et al., NeurIPS 2022)",
+        {
+            **WHOLE,
+            "kd_teacher": "round",
+            "kd_weight": 0.0,
+            "kd_temperature": 1.0,
+            "ntd_weight": 1.0,
+            "adaptive": False,
+        },
+    ),
+    Method(
+        "shrink-perturb",
+        "FedAvg from shrunk and perturbed weights (Ash & Adams, NeurIPS 2020)",
+        {**WHOLE, "perturb_keep": 0.6, "perturb_noise": 0.1},
+    ),
+    Method(
+        "fedavg-slim",
+        "FedAvg with label calibration, then the same slimming as fallow's",
+        {"scope": "all", "freeing": "steps", "regrow": False, "kd_teacher": "none"},
+    ),
+    Method(
+        "random-mask",
+        "fallow with any filters freed instead of the least important, as many a layer",
+        {"choice": "random", "max_drop": 1.0},
+    ),
+    Method("no-reinit", "fallow without re-initialisation of what is freed", {"regrow": False}),
+    Method("no-distillation", "fallow without a teacher while growing", {"kd_teacher": "none"}),
+    Method("no-calibration", "fallow without label calibration", {"label_calibration": 0.0}),
+    Method("no-consolidation", "fallow that frees in the prior alone", {"freeing": "prior"}),
+    Method("rows", "fallow, scope rows", {"scope": "rows"}),
+    Method("group", "fallow, scope group", {"scope": "group"}),
+    Method("all", "fallow, scope all", {"scope": "all"}),
+    Method("fallow", "the defaults", {}),
+    Method(
+        "joint",
+        "FedAvg on old and new data, both on the devices: an upper bound",
+        {**WHOLE, "joint": True},
+    ),
+    Method("central", "old and new data trained from scratch at one place", {}, "central"),
+)
+METHODS = {method.name: method for method in _ALL}
+
+
+def method_of(text: str) -> Method:
+    """Return a method by its name, or a variant of it (``fedprox@prox=0.1``).
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method, or the variant is malformed.
+    """
+    name, at, changes = text.partition("@")
+    if name not in METHODS:
+        raise ConfigError(f"methods names '{name}': use all, or some of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if not at:
+        return method
+    pairs = [change.partition("=") for change in changes.split("+")]
+    if not all(equals for _, equals, _ in pairs):
+        raise ConfigError(f"methods has '{text}': write {name}@KEY=VALUE+KEY=VALUE")
+    changed = {key.replace("-", "_"): value for key, _, value in pairs}
+    return Method(text, f"{method.about}; {changes}", {**method.settings, **changed}, method.kind)
+
+
+def methods_of(text: str) -> tuple[str, ...]:
+    """Return the names in a comma-separated list, checked; ``all`` (alone) is every method."""
+    if text == "all":
+        return tuple(METHODS)
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        method_of(name)
+    return names
