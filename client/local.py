@@ -133,6 +133,7 @@ def carry_out(
             free_digest=free.digest,
             layout=layout.digest,
             images=len(own),
+            class_counts=torch.bincount(own.y, minlength=order.net.classes).tolist(),
             heldout=len(held),
             right=int(right.sum()),
             prior_right=int(prior_right.sum()),
@@ -250,8 +251,11 @@ def _train(
         def before_step(done: float) -> None:
             anneal(scale_factor(begin + (end - begin) * done, until))
 
+    classes = order.net.classes
+    # Until the devices' counts are known, nobody can tell a skew from a shift.
+    known = order.class_counts or torch.bincount(data.y, minlength=classes).tolist()
     skew = class_log_shares(
-        data.y, order.net.classes, teaching.calibration, mask_absent=teaching.mask_absent
+        data.y, known, teaching.calibration, mask_absent=teaching.mask_absent
     ).to(accelerator.device)
     objective = multi_step_objective(teachers, teaching.distillation(), skew)
     if order.prox:

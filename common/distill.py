@@ -124,19 +124,33 @@ def adaptive_loss(
 
 
 def class_log_shares(
-    labels: torch.Tensor, classes: int, strength: float, *, mask_absent: bool = False
+    labels: torch.Tensor, pooled: Sequence[int], strength: float, *, mask_absent: bool = False
 ) -> torch.Tensor:
-    """Return ``strength * log(share of each class)`` among `labels`, [C].
+    """Return how much more often a device sees each class than all devices do, as logarithm, [C].
 
     Added to the logits of the cross-entropy, it takes a device's own label skew out of what the
     net learns: the net is not pushed towards the classes that this device happens to have, nor
     away from those that it lacks (balanced softmax, Ren et al., NeurIPS 2020; in federated
-    learning FedLC, Zhang et al., ICML 2022). With `mask_absent`, classes without an image are
-    left out of it altogether: their logits get no gradient.
+    learning FedLC, Zhang et al., ICML 2022). What is common to all devices stays: where all
+    have new classes alone, nothing is corrected.
+
+    Parameters
+    ----------
+    labels : int64 tensor [N]
+        Of the device's training images.
+    pooled : sequence of int
+        Images of each class over all devices.
+    strength : float
+        Factor on the result; 0 corrects nothing.
+    mask_absent : bool
+        Leave classes without an image here out of the loss altogether: their logits get no
+        gradient.
     """
-    counts = torch.bincount(labels, minlength=classes).float()
-    shares = strength * torch.log((counts + _SMOOTHING) / (counts + _SMOOTHING).sum())
-    return shares.masked_fill(counts == 0, _ABSENT) if mask_absent else shares
+    counts = torch.bincount(labels, minlength=len(pooled)).double()
+    total = torch.tensor(pooled, dtype=torch.float64)
+    expected = total * (counts.sum() / total.sum().clamp_min(1))
+    shares = strength * torch.log((counts + _SMOOTHING) / (expected + _SMOOTHING))
+    return (shares.masked_fill(counts == 0, _ABSENT) if mask_absent else shares).float()
 
 
 _ABSENT = -1e9

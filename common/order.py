@@ -87,6 +87,8 @@ class Order(_Frozen):
         consolidate: the filters whose removal leaves the kept part, the second teacher.
     layout : str or None
         Digest of the layout of the packed values.
+    class_counts : list of int
+        Training images of each class over all devices, as last reported; empty if unknown.
     keep : str or None
         Digest of the model that base and values make; the device keeps it as a later base.
     anneal : tuple of float
@@ -117,6 +119,7 @@ class Order(_Frozen):
     crop: int = Field(ge=0)
     flip: bool
     teaching: Teaching
+    class_counts: list[Annotated[int, Field(ge=0)]]
     anneal: tuple[float, float, Positive]
     heldout: float = Field(gt=0, le=0.5)
 
@@ -137,6 +140,8 @@ class Report(_Frozen):
     ----------
     declined : str or None
         Why the device did not do what was asked; everything else is then zero.
+    class_counts : list of int
+        The training images by class; they sum to `images`.
     right, prior_right, both_right : int
         Held-out images that the received model, the base, and both of them get right.
     """
@@ -152,6 +157,7 @@ class Report(_Frozen):
     free_digest: str = ""
     layout: str | None = None
     images: int = Field(0, ge=0)
+    class_counts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     heldout: int = Field(0, ge=0)
     right: int = Field(0, ge=0)
     prior_right: int = Field(0, ge=0)

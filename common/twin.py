@@ -15,6 +15,7 @@ which reads both. It learns what the whole net would with all else frozen
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -62,12 +63,17 @@ class Twin(nn.Module):
             _compare(net, example, builder.logits)
         self._ops = builder.ops
         self.parts = nn.ModuleDict({_key(name): part for name, part in builder.parts.items()})
-        self.teacher = Teacher()
+        # Two tensors in place of hundreds: the optimiser's time is that of its calls.
+        self._decayed, self._undecayed = self._trained(), self._trained(matrices=False)
+        self.weights = nn.Parameter(_joined(self._decayed)[None])
+        self.scales = nn.Parameter(_joined(self._undecayed))
         self.layout = Layout("twin", tuple(self._entries()))
+        self.teacher = Teacher()
         self.train()
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prior's logits [B, C], which have no gradient, and the student's."""
+        self._point()
         taught, logits = evaluate(self._ops, x.contiguous(memory_format=torch.channels_last))
         assert logits is not None
         return taught, logits
@@ -81,24 +87,42 @@ class Twin(nn.Module):
     @torch.no_grad()
     def merge(self, net: nn.Module) -> None:
         """Write the freed filters into `net`, in place; a twin of it has the same bytes."""
+        self._point()
         tensors = net.state_dict()  # of the net's own storage
-        for _, part, leaf in self._trained():
-            name, rows, columns = part.places[leaf]
-            at = (rows,) if columns is None else np.ix_(rows, columns)
-            tensor = tensors[name]
-            index = tuple(torch.from_numpy(i).to(tensor.device) for i in at)
-            tensor[index] = getattr(part, leaf).to(tensor)
+        for part in self._parts():
+            for leaf, (name, rows, columns) in part.places.items():
+                at = (rows,) if columns is None else np.ix_(rows, columns)
+                tensor = tensors[name]
+                index = tuple(torch.from_numpy(i).to(tensor.device) for i in at)
+                values = part.own[leaf] if leaf in part.own else getattr(part, leaf)
+                tensor[index] = values.to(tensor)
 
-    def _trained(self) -> Iterator[tuple[str, Part, str]]:
-        for name, part in self.parts.items():
-            assert isinstance(part, Part)
-            for leaf in part.places:
-                yield f"parts.{name}.{leaf}", part, leaf
+    def _point(self) -> None:
+        """Let the parts' tensors be slices of the flat parameters."""
+        for flat, trained in ((self.weights, self._decayed), (self.scales, self._undecayed)):
+            pieces = flat.view(-1).split([shape.numel() for _, _, shape in trained])
+            for piece, (part, leaf, shape) in zip(pieces, trained, strict=True):
+                part.own[leaf] = piece.view(shape)
+
+    def _parts(self) -> list[Part]:
+        return [part for part in self.parts.values() if isinstance(part, Part)]
+
+    def _trained(self, *, matrices: bool = True) -> list[tuple[Part, str, torch.Size]]:
+        return [
+            (part, leaf, tensor.shape)
+            for part in self._parts()
+            for leaf, tensor in part.own.items()
+            if (tensor.dim() > 1) is matrices
+        ]
 
     def _entries(self) -> Iterator[Entry]:
-        for name, part, leaf in self._trained():
-            kind = {"running_mean": "mean", "running_var": "var"}.get(leaf, "weight")
-            yield Entry(name, tuple(getattr(part, leaf).shape), kind, None)
+        yield Entry("weights", tuple(self.weights.shape), "weight", None)
+        yield Entry("scales", tuple(self.scales.shape), "scale", None)
+        for name, part in self.parts.items():
+            for leaf, kind in (("running_mean", "mean"), ("running_var", "var")):
+                if leaf in cast(Part, part).places:
+                    tensor = cast(Tensor, getattr(part, leaf))
+                    yield Entry(f"parts.{name}.{leaf}", tuple(tensor.shape), kind, None)
 
 
 class Teacher(nn.Module):
@@ -148,6 +172,10 @@ def _compare(net: nn.Module, example: Tensor, logits: Halves) -> None:
     assert logits.freed is not None
     if (logits.freed - expected).abs().max() > _TOLERANCE * expected.abs().max():
         raise TwinUnsupported("the net does not compute what its split halves do")
+
+
+def _joined(trained: list[tuple[Part, str, torch.Size]]) -> Tensor:
+    return torch.cat([part.own[leaf].view(-1) for part, leaf, _ in trained])
 
 
 def _key(name: str) -> str:

@@ -35,13 +35,16 @@ class Part(nn.Module):
 
     Attributes
     ----------
+    own : dict of str to Tensor
+        Its trained tensors; the twin points them at its flat parameters.
     places : dict of str to (str, rows, columns or None)
-        For each of the part's own trainable tensors: the dense tensor's name and the positions
-        on its axes 0 and 1.
+        For each of them, and for its running statistics: the dense tensor's name and the
+        positions on its axes 0 and 1.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.own: dict[str, Tensor] = {}
         self.places: dict[str, tuple[str, Positions, Positions | None]] = {}
 
     def take(
@@ -52,8 +55,8 @@ class Part(nn.Module):
         rows: Positions,
         columns: Positions | None = None,
     ) -> None:
-        """Make a trainable tensor of the part from a slice of a dense one."""
-        setattr(self, leaf, nn.Parameter(block(source, rows, columns)))
+        """Make a trained tensor of the part from a slice of a dense one."""
+        self.own[leaf] = block(source, rows, columns)
         self.places[leaf] = (tensor, rows, columns)
 
 
@@ -178,9 +181,6 @@ class TwinConv(Part):
         joint_bias[: self.kept] = shift
         self.register_buffer("joint", joint)
         self.register_buffer("joint_bias", joint_bias)
-        self.from_kept: nn.Parameter | None = None
-        self.from_freed: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
         if len(freed_rows):
             self.take("from_kept", weight, conv.weight, freed_rows, kept_columns)
             if len(freed_columns):
@@ -191,16 +191,17 @@ class TwinConv(Part):
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
         kept = kept.contiguous(memory_format=_CHANNELS_LAST)  # once, and not for each convolution
-        if self.from_kept is None:
+        if not self.own:
             return Halves(F.conv2d(kept, self.joint, self.joint_bias, *self.conv), None)
+        from_kept, bias = self.own["from_kept"], self.own.get("bias")
         with torch.no_grad():
-            self.joint[self.kept :] = self.from_kept
-            if self.bias is not None:
-                self.joint_bias[self.kept :] = self.bias
+            self.joint[self.kept :] = from_kept
+            if bias is not None:
+                self.joint_bias[self.kept :] = bias
             both = F.conv2d(kept, self.joint, self.joint_bias, *self.conv)
         mine = _FreedSum.apply(  # type: ignore[no-untyped-call]
             both[:, self.kept :],
-            *(kept, freed, self.from_kept, self.from_freed, self.bias, self.conv),
+            *(kept, freed, from_kept, self.own.get("from_freed"), bias, self.conv),
         )
         return Halves(both[:, : self.kept], cast(Tensor, mine))
 
@@ -230,8 +231,6 @@ class TwinDepthwise(Part):
             kept, shift = kept * scale[:, None, None, None], shift * scale + offset
         self.register_buffer("kept_weight", kept.to(conv.weight.dtype))
         self.register_buffer("kept_bias", shift.to(conv.weight.dtype))
-        self.weight: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
         if len(freed_rows):
             self.take("weight", f"{name}.weight", conv.weight, freed_rows)
             if conv.bias is not None:
@@ -240,9 +239,12 @@ class TwinDepthwise(Part):
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
         kept = F.conv2d(kept, self.kept_weight, self.kept_bias, *self.conv, kept.shape[1])
-        if freed is None or self.weight is None:
+        if freed is None:
             return Halves(kept, None)
-        return Halves(kept, F.conv2d(freed, self.weight, self.bias, *self.conv, freed.shape[1]))
+        return Halves(
+            kept,
+            F.conv2d(freed, self.own["weight"], self.own.get("bias"), *self.conv, freed.shape[1]),
+        )
 
 
 class TwinNorm(Part):
@@ -269,8 +271,6 @@ class TwinNorm(Part):
             self.register_buffer("affine", both[:, :, None, None])
         self.register_buffer("running_mean", None)
         self.register_buffer("running_var", None)
-        self.weight: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
         self.eps = norm.eps
         self.momentum = 0.1 if norm.momentum is None else norm.momentum
         if len(freed):
@@ -289,7 +289,7 @@ class TwinNorm(Part):
         if freed.shape[1] < _NARROW:
             freed = freed.contiguous()
         freed = F.batch_norm(
-            *(freed, self.running_mean, self.running_var, self.weight, self.bias),
+            *(freed, self.running_mean, self.running_var, self.own["weight"], self.own["bias"]),
             *(self.training, self.momentum, self.eps),
         ).contiguous(memory_format=_CHANNELS_LAST)
         return Halves(kept, freed)
@@ -313,7 +313,7 @@ class TwinHead(Part):
         """Map both halves of the input to both of the output."""
         assert freed is not None
         taught = F.linear(kept, self.kept_weight, cast("Tensor | None", self.kept_bias))
-        return Halves(taught, taught + F.linear(freed, cast(Tensor, self.weight)))
+        return Halves(taught, taught + F.linear(freed, self.own["weight"]))
 
 
 def split(freed: np.ndarray) -> tuple[Positions, Positions]:

@@ -220,7 +220,7 @@ class Builder:
         kept = value.kept.shape[1]
         freed = 0 if value.freed is None else value.freed.shape[1]
         own = self._freed.own.get(f"{node.target}.weight")
-        masks = [self._masks[s] for s in node.all_input_nodes]
+        masks = [self._masks[s] for s in node.all_input_nodes if s in self._masks]
         if node.target is torch.cat:
             mask = np.concatenate(masks)
         elif isinstance(self.parts.get(str(node.target)), TwinConv):

@@ -167,6 +167,7 @@ class CheckpointFolder:
             "lambdas": list(state.lambdas),
             "scores": None if scores is None else {k: v.tolist() for k, v in scores.items()},
             "finished": [_encode_step(outcome) for outcome in state.finished],
+            "class_counts": list(state.class_counts),
             "done": state.done,
             "stopped": state.stopped,
         }
@@ -193,6 +194,7 @@ class CheckpointFolder:
             lambdas=tuple(value["lambdas"]),
             scores=None if scores is None else {k: np.array(v) for k, v in scores.items()},
             finished=tuple(_decode_step(step) for step in value["finished"]),
+            class_counts=tuple(value["class_counts"]),
             done=value["done"],
             stopped=value["stopped"],
         )

@@ -79,6 +79,8 @@ class RunState:
         Packed entries of the phase's layout; None where they equal the base's.
     tail : float32 array or None
         Mean of the last growing rounds' values so far; it is what a step's growing ends with.
+    class_counts : tuple of int
+        The devices' training images by class, as last reported in this step.
     free, next_free : FreeSet
         The freed filters that this step trains; those that its consolidation frees.
     source : str or None
@@ -97,6 +99,7 @@ class RunState:
     next_free: FreeSet = field(default_factory=lambda: FreeSet({}))
     values: np.ndarray | None = None
     tail: np.ndarray | None = None
+    class_counts: tuple[int, ...] = ()
     source: str | None = None
     attempt: int = 0
     round: int = 0
@@ -127,6 +130,8 @@ class Outcome:
         Sums of the devices' counts (see `common.order.Report`).
     scores : list of dict
         weigh: importances per layer, one dict a kind.
+    class_counts : tuple of int
+        Training images by class, over the devices.
     """
 
     values: np.ndarray | None
@@ -135,6 +140,7 @@ class Outcome:
     prior_right: int
     both_right: int
     scores: tuple[Scores, ...] = ()
+    class_counts: tuple[int, ...] = ()
 
 
 def start(plan: Plan, prior: State, free: FreeSet) -> RunState:
@@ -262,6 +268,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
             teacher=config.kd_teacher if growing else "prior",
             mask_absent=config.mask_absent,
         ),
+        class_counts=list(state.class_counts),
         anneal=(begin, end, config.anneal),
         heldout=config.heldout,
     )
@@ -299,6 +306,7 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         round=done if more == "grow" else 0,
         values=outcome.values,
         tail=tail,
+        class_counts=outcome.class_counts,
         kd_weight=_steer(config, state.kd_weight, outcome),
         lambdas=(*state.lambdas, state.kd_weight),
     )
@@ -375,6 +383,7 @@ def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         state,
         phase="consolidate",
         round=0,
+        class_counts=outcome.class_counts,
         base=model,
         values=None,
         source=None,

@@ -236,6 +236,11 @@ def _admit(reply: Reply, order: Order, size: int, device: str) -> None:
         )
     if not (1 <= report.images <= 2**53 and math.isfinite(report.loss)):
         raise UpdateError(f"images {report.images} with loss {report.loss} are no counts to use")
+    if (len(report.class_counts), sum(report.class_counts)) != (order.net.classes, report.images):
+        raise UpdateError(
+            f"class_counts {str(report.class_counts)[:80]} are not {report.images} images of "
+            f"{order.net.classes} classes"
+        )
     if size and reply.update is None:
         raise UpdateError("no update in the reply")
     if reply.update is not None:
@@ -267,6 +272,9 @@ def _aggregate(
         right=sum(report.right for report in reports),
         prior_right=sum(report.prior_right for report in reports),
         both_right=sum(report.both_right for report in reports),
+        class_counts=tuple(
+            sum(counts) for counts in zip(*(r.class_counts for r in reports), strict=True)
+        ),
     )
     if state.phase == "weigh":
         return replace(outcome, scores=_scores(plan, replies)), math.nan

@@ -47,8 +47,8 @@ BATCHES = (32, 8)
 SHARES = (0.1, 0.25, 0.5)
 GOALS = {"resnet18": 0.35, "resnet20": 0.6, "mobilenetv2": 0.6}
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
-Step = tuple[Callable[[], None], Callable[[], Tensor]]
-"""One training step, and its forward pass with the loss."""
+Step = tuple[Callable[[], None], Callable[[], Tensor], nn.Module]
+"""One training step, its forward pass with the loss, and the net."""
 
 
 def main() -> None:
@@ -104,13 +104,13 @@ def measure(
         for share, (base, _, freed) in grown.items():
             steps[f"rows {share:.0%}"] = rows(Twin(base, graph, freed), x, y, stack)
         steps["group 25%"] = group(net, graph, free, x, y, stack)
-        saved = {variant: saved_bytes(forward) for variant, (_, forward) in steps.items()}
-        for step, _ in steps.values():
+        saved = {variant: saved_bytes(run, net) for variant, (_, run, net) in steps.items()}
+        for step, _, _ in steps.values():
             step()
         times: dict[str, list[float]] = {variant: [] for variant in steps}
         began = time.perf_counter()
         while time.perf_counter() - began < seconds or len(times["plain"]) < 3:
-            for variant, (step, _) in steps.items():
+            for variant, (step, _, _) in steps.items():
                 start = time.perf_counter()
                 step()
                 times[variant].append(time.perf_counter() - start)
@@ -144,7 +144,7 @@ def plain(net: nn.Module, x: Tensor, y: Tensor) -> Step:
         forward().backward()
         optimiser.step()
 
-    return step, forward
+    return step, forward, net
 
 
 def rows(twin: Twin, x: Tensor, y: Tensor, stack: contextlib.ExitStack) -> Step:
@@ -181,20 +181,21 @@ def _taught(
         forward().backward()
         optimiser.step()
 
-    return step, forward
+    return step, forward, net
 
 
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
+def saved_bytes(forward: Callable[[], Tensor], net: nn.Module) -> int:
     """Return the bytes that a forward pass keeps for the backward one, each storage once.
 
     Parameters are there anyway and do not count.
     """
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     sizes: dict[int, int] = {}
     kept = []  # lest an address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor)
         return tensor

@@ -101,6 +101,7 @@ def judged() -> tuple[Order, np.ndarray]:
             crop=0,
             flip=False,
             teaching=TEACHING,
+            class_counts=[],
             anneal=(0.0, 1.0, 0.6),
             heldout=0.15,
         ),

@@ -103,6 +103,7 @@ class World:
             crop=1,
             flip=False,
             teaching=TEACHING,
+            class_counts=[],
             anneal=(0.2, 0.4, 0.6),
             heldout=0.2,
         ).model_copy(update=changes)

@@ -224,21 +224,26 @@ def test_the_objective_of_a_training_asks_the_teachers_and_leaves_them_alone() -
 # ---------------------------------------------------------------- label skew
 
 
-def test_log_shares_are_those_of_the_labels_and_finite_without_any() -> None:
+def test_skew_is_how_much_more_often_a_device_sees_a_class_than_all_do() -> None:
     labels = torch.tensor([0, 0, 0, 2, 2, 0])
-    shares = class_log_shares(labels, 4, 1.0).exp()
-    assert float(shares.sum()) == pytest.approx(1.0)
-    assert shares.tolist() == pytest.approx([4.1 / 6.4, 0.1 / 6.4, 2.1 / 6.4, 0.1 / 6.4])
-    half = class_log_shares(labels, 4, 0.5)
-    torch.testing.assert_close(half, 0.5 * shares.log())
-    assert not class_log_shares(labels, 4, 0.0).any()
-    empty = torch.zeros(0, dtype=torch.int64)
-    torch.testing.assert_close(class_log_shares(empty, 4, 1.0).exp(), torch.full((4,), 0.25))
+    pooled = [10, 30, 20, 0]  # of 60; a device of 6 would expect 1, 3, 2 and 0
+    skew = class_log_shares(labels, pooled, 1.0)
+    assert skew.exp().tolist() == pytest.approx([4.1 / 1.1, 0.1 / 3.1, 1.0, 1.0])
+    torch.testing.assert_close(class_log_shares(labels, pooled, 0.5), 0.5 * skew)
+    assert not class_log_shares(labels, pooled, 0.0).any()
+
+
+def test_what_all_devices_have_in_common_is_no_skew() -> None:
+    labels = torch.tensor([1, 1, 2, 1])
+    assert not class_log_shares(labels, [0, 3, 1, 0], 1.0).any()
+    assert not class_log_shares(labels, [0, 300, 100, 0], 1.0).any()
+    nothing = class_log_shares(torch.zeros(0, dtype=torch.int64), [0, 0], 1.0)
+    assert nothing.tolist() == [0.0, 0.0]
 
 
 def test_balanced_labels_leave_the_loss_as_it_is() -> None:
     student, labels = drawn(8, 4), torch.arange(8) % 4
-    shares = class_log_shares(labels, 4, 1.0)
+    shares = class_log_shares(labels, [5, 5, 5, 5], 1.0)
     found = adaptive_loss(student, [], labels, **SETTINGS, class_log_share=shares)
     torch.testing.assert_close(found, F.cross_entropy(student, labels))
 
@@ -248,7 +253,7 @@ def test_skewed_labels_push_less_towards_the_classes_that_abound() -> None:
     pushes = []
     for strength in (0.0, 1.0):
         student = torch.zeros(6, 3, requires_grad=True)
-        shares = class_log_shares(labels, 3, strength)
+        shares = class_log_shares(labels, [20, 20, 20], strength)
         adaptive_loss(student, [], labels, **SETTINGS, class_log_share=shares).backward()
         pushes.append(-student.grad.sum(0))
     plain, calibrated = pushes
@@ -259,7 +264,7 @@ def test_skewed_labels_push_less_towards_the_classes_that_abound() -> None:
 
 def test_skew_concerns_the_labels_and_not_the_teachers() -> None:
     student, labels = drawn(6, 3), torch.tensor([0, 0, 0, 0, 0, 1])
-    teacher, shares = drawn(6, 3, seed=1), class_log_shares(labels, 3, 1.0)
+    teacher, shares = drawn(6, 3, seed=1), class_log_shares(labels, [20, 20, 20], 1.0)
     found = adaptive_loss(student, [teacher], labels, **SETTINGS, class_log_share=shares)
     taught = adaptive_loss(student, [teacher], labels, **SETTINGS)
     labelled = F.cross_entropy(student + shares, labels) - F.cross_entropy(student, labels)
@@ -317,7 +322,7 @@ def test_a_blend_of_certainties_is_finite() -> None:
 
 def test_absent_classes_can_be_left_out_of_the_cross_entropy_altogether() -> None:
     labels = torch.tensor([0, 0, 2, 2])
-    shares = class_log_shares(labels, 4, 0.0, mask_absent=True)
+    shares = class_log_shares(labels, [1, 1, 1, 1], 0.0, mask_absent=True)
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     F.cross_entropy(logits + shares, labels).backward()
     assert logits.grad is not None

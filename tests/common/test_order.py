@@ -63,6 +63,7 @@ ORDER: dict[str, Any] = {
     "prox": 0.0,
     "crop": 4,
     "flip": True,
+    "class_counts": [5, 0, 3],
     "teaching": {
         "weight": 0.3,
         "temperature": 2.0,

@@ -35,7 +35,12 @@ def honest(order: Order, device: str, **changes: Any) -> Report:
     asked = ("run", "step", "phase", "attempt", "round", "base", "free_digest", "layout")
     same = {name: getattr(order, name) for name in asked}
     counts = {"images": 50, "heldout": HELDOUT, "right": 15, "prior_right": 12, "both_right": 11}
-    return Report(**{"device": device, "loss": 1.5, **same, **counts, **changes})
+    counts.update(changes)
+    images, classes = int(counts["images"]), order.net.classes
+    rest = images - images // classes * (classes - 1)
+    by_class = [images // classes] * (classes - 1) + [rest]
+    given = {"device": device, "loss": 1.5, "class_counts": by_class}
+    return Report(**{**given, **same, **counts})
 
 
 @dataclass
@@ -182,11 +187,34 @@ def test_devices_weigh_as_many_images_as_they_have(plan: Plan, state: RunState) 
     grid, devices = fleet_of(plan)
     for device, images in zip(devices, (1, 1, 1, 7), strict=True):
         device.bend = lambda m, r, u, n=images: reply_to(  # type: ignore[misc]
-            m, r.model_copy(update={"images": n}), u
+            m, r.model_copy(update={"images": n, "class_counts": [n, *[0] * 9]}), u
         )
     values = play(grid, plan, state).states[1].values
     assert values is not None
     assert (values[weights_of(plan, state)] == np.float32((1 + 2 + 3 + 7 * 4) / 10)).all()
+
+
+def test_devices_are_told_how_often_all_of_them_see_each_class(plan: Plan, state: RunState) -> None:
+    grid, devices = fleet_of(plan)
+    skewed = [20, 30, *[0] * 8]
+    devices[0].bend = lambda m, r, u: reply_to(m, r.model_copy(update={"class_counts": skewed}), u)
+    play(grid, plan, state, count=2)
+    first, second = devices[1].orders
+    assert first.class_counts == []
+    assert second.class_counts == [20 + 3 * 5, 30 + 3 * 5, *[3 * 5] * 8]
+
+
+@pytest.mark.parametrize("counts", [[], [50], [51, *[0] * 9], [25, 24, *[0] * 8]])
+def test_class_counts_that_do_not_fit_the_images_are_declined(
+    plan: Plan, state: RunState, counts: list[int]
+) -> None:
+    grid, devices = fleet_of(plan)
+    devices[0].bend = lambda m, r, u: reply_to(m, r.model_copy(update={"class_counts": counts}), u)
+    (record,) = play(grid, plan, state, count=1).records
+    assert record["devices_used"] == 3
+    ((reason, declined),) = record["declined"].items()
+    assert declined == 1
+    assert "are not 50 images of 10 classes" in reason
 
 
 def test_a_record_tells_all_of_a_round_and_fits_the_schema(plan: Plan, state: RunState) -> None:
@@ -340,7 +368,8 @@ def test_an_answer_after_the_time_limit_is_never_used(plan: Plan, state: RunStat
     first, second = played.records
     assert (first["devices_used"], first["declined"]) == (3, {"no answer in time": 1})
     assert second["devices_used"] == 4
-    for after, mean in zip(played.states[1:], (2.0, 2.5), strict=True):
+    # the second round is the last of growing, which ends with the mean of both
+    for after, mean in zip(played.states[1:], (2.0, (2.0 + 2.5) / 2), strict=True):
         assert after.values is not None
         assert (after.values[weights_of(plan, state)] == np.float32(mean)).all()
 
