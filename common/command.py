@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from common.errors import FallowError
 
@@ -11,8 +13,13 @@ INTERRUPTED = 130
 _GO_ON = "interrupted: go on with --resume"
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Run a command line and return its exit code; an error is told in one line."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a service manager's stop loses nothing
     try:
         command()
     except FallowError as error:

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -145,7 +146,19 @@ def _prepare() -> None:
     """Set a worker up: one thread, so that sums round alike wherever a device is trained."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's process ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _identify()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the server's process is gone, however it went.
+
+    A worker that waits for work does not notice: its siblings hold the queue open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _identify() -> None:

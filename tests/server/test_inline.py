@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -180,3 +184,36 @@ def test_the_real_devices_answer(tmp_path: Path) -> None:
     replies = list(direct.send_and_receive([hello_message(n) for n in direct.get_node_ids()]))
     names = {r.metadata.src_node_id: read_reply(r).report.device for r in replies}
     assert names == {1: "device-00000", 2: "device-00001", 3: "device-00002"}
+
+
+def children(process: int) -> set[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return {int(child) for task in tasks for child in task.read_text().split()}
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_the_server(tmp_path: Path, by: signal.Signals) -> None:
+    command = [sys.executable, "-m", "server.cli", "simulate", "--workers=2", "--rounds=500"]
+    command += [f"--set={k}={v}" for k, v in SETTINGS.items() if k != "rounds"]
+    out = tmp_path / "out"
+    server = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert server.stdout is not None
+    for line in server.stdout:
+        if "grow round 2/" in line:
+            break
+    workers = children(server.pid)
+    assert len(workers) >= 2
+    server.send_signal(by)
+    rest = server.stdout.read()
+    server.stdout.close()
+    code = server.wait(30)
+    if by == signal.SIGTERM:  # as a service manager stops it: nothing is lost
+        assert code == 130
+        assert "--resume" in rest
+        assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, f"{workers} are still there"
+        time.sleep(0.1)
