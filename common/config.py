@@ -178,7 +178,8 @@ class Config(BaseModel):
     regrow_xavier: NotNegative = Field(0.2, description="share of the freed filters drawn so")
     regrow_resample: NotNegative = Field(0.2, description="share of the freed filters drawn so")
     accept_drop: Share = Field(
-        0.0, description="a grown model this much worse than the prior is still taken"
+        0.0,
+        description="a grown model worse than the prior by this much, beyond one standard error, is taken",
     )
 
     # rounds

@@ -100,7 +100,7 @@ class Twin(nn.Module):
     def _point(self) -> None:
         """Let the parts' tensors be slices of the flat parameters."""
         for flat, trained in ((self.weights, self._decayed), (self.scales, self._undecayed)):
-            pieces = flat.view(-1).split([shape.numel() for _, _, shape in trained])
+            pieces = torch.split(flat.view(-1), [shape.numel() for _, _, shape in trained])
             for piece, (part, leaf, shape) in zip(pieces, trained, strict=True):
                 part.own[leaf] = piece.view(shape)
 

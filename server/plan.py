@@ -362,7 +362,7 @@ def _steer(config: Config, weight: float, outcome: Outcome) -> float:
 def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     config = plan.config
     prior, grown = outcome.prior_right / outcome.heldout, outcome.right / outcome.heldout
-    if state.step > 0 and grown < prior - config.accept_drop:
+    if state.step > 0 and _is_worse(outcome, config.accept_drop):
         return _end_step(
             plan,
             replace(state, heldout_prior=prior, heldout_grown=grown),
@@ -393,6 +393,19 @@ def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         scores=scores,
     )
     return _choose(plan, weighed)
+
+
+def _is_worse(outcome: Outcome, allowed: float) -> bool:
+    """Return whether the grown model is worse than the prior, beyond what chance explains.
+
+    Both are measured on the same images, so only those that one of them gets right count: their
+    difference has a standard error of the root of their sum (McNemar, 1947). A difference within
+    one standard error is no evidence: refusing on it would throw a step's work away by the toss
+    of a coin.
+    """
+    lost = outcome.prior_right - outcome.both_right
+    won = outcome.right - outcome.both_right
+    return lost - won > allowed * outcome.heldout + math.sqrt(lost + won)
 
 
 def _choose(plan: Plan, state: RunState) -> RunState:

@@ -204,7 +204,7 @@ def assert_same_step(net: nn.Module, graph: FilterGraph, free: FreeSet, toleranc
         merged = copy.deepcopy(net)
         twin.merge(merged)
         for name, tensor in tensors(merged).items():
-            torch.testing.assert_close(tensor, net.state_dict()[name], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(tensor, net.state_dict()[name], **close)
         found, parameters = gradients(twin, net), dict(net.named_parameters())
         compared = 0
         for entry in rows.entries:

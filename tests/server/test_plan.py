@@ -207,12 +207,12 @@ def test_a_grown_model_worse_than_the_prior_is_refused_and_the_prior_stands(plan
     begun = begin(plan)
 
     def worse(plan: Plan, state: RunState) -> Outcome:
-        return outcome(plan, state, 699, 700)
+        return outcome(plan, state, 690, 700)
 
     after = walk(plan, begun, worse, until=at("grow", 2))[-1]
     (refused,) = after.finished
     assert refused.refusal is not None
-    assert "0.6990" in refused.refusal
+    assert "0.6900" in refused.refusal
     assert "0.7000" in refused.refusal
     assert refused.attempts == ()
     assert same_bytes(after.prior, begun.prior)
@@ -224,15 +224,31 @@ def test_a_grown_model_worse_than_the_prior_is_refused_and_the_prior_stands(plan
 def test_a_last_step_that_is_refused_ends_the_run_with_the_prior() -> None:
     plan = make_plan(steps=1, rounds=1)
     begun = begin(plan)
-    last = walk(plan, begun, lambda p, s: outcome(p, s, 1, 2))[-1]
+    last = walk(plan, begun, lambda p, s: outcome(p, s, 1, 20))[-1]
     assert last.done
     assert same_bytes(last.prior, begun.prior)
     assert same_bytes(current_model(plan, replace(last, base=last.prior)), begun.prior)
 
 
+@pytest.mark.parametrize(
+    ("lost", "won", "refused"), [(50, 43, False), (60, 43, True), (0, 9, False)]
+)
+def test_a_difference_within_one_standard_error_is_no_reason_to_refuse(
+    lost: int, won: int, refused: bool
+) -> None:
+    plan = make_plan(steps=1, rounds=1)
+
+    def noisy(plan: Plan, state: RunState) -> Outcome:
+        both = 700 - lost
+        return replace(outcome(plan, state, both + won, 700), both_right=both)
+
+    last = walk(plan, begin(plan), noisy)[-1]
+    assert (last.finished[0].refusal is not None) == refused
+
+
 def test_accept_drop_lets_a_slightly_worse_model_pass() -> None:
     plan = make_plan(steps=1, rounds=1, accept_drop=0.01)
-    for right, phase in ((691, "consolidate"), (689, "weigh")):
+    for right, phase in ((691, "consolidate"), (685, "weigh")):
         states = walk(plan, begin(plan), lambda p, s, r=right: outcome(p, s, r))  # type: ignore[misc]
         assert phase in [s.phase for s in states]
         assert (states[-1].finished[0].refusal is None) == (phase == "consolidate")
