@@ -179,7 +179,7 @@ class Config(BaseModel):
     regrow_resample: NotNegative = Field(0.2, description="share of the freed filters drawn so")
     accept_drop: Share = Field(
         0.0,
-        description="a grown model worse than the prior by this much, beyond one standard error, is taken",
+        description="accepted loss of held-out accuracy by growing, beyond one standard error",
     )
 
     # rounds
