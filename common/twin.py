@@ -25,7 +25,8 @@ from common.errors import NetError
 from common.filters import FilterGraph, FreeSet, freed_index
 from common.layout import Entry, Layout
 from common.twin_ops import Halves, Part
-from common.twin_trace import Builder, TwinUnsupported, evaluate
+from common.twin_run import evaluate
+from common.twin_trace import Builder, TwinUnsupported
 
 __all__ = ["Twin", "TwinUnsupported"]
 

@@ -6,7 +6,7 @@ gradients for freed filters alone.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.filters import Positions
+from common.twin_sum import CHANNELS_LAST, NARROW, FreedSum
 
 
 class Halves(NamedTuple):
@@ -21,13 +22,6 @@ class Halves(NamedTuple):
 
     kept: Tensor
     freed: Tensor | None
-
-
-_CHANNELS_LAST = torch.channels_last
-_NARROW = 8  # half a vector of floats; with fewer channels most of the kernels' work is wasted
-
-_Conv = tuple[list[int], list[int], list[int], int]
-"""Stride, padding, dilation, groups."""
 
 
 class Part(nn.Module):
@@ -80,69 +74,6 @@ def fold(norm: nn.BatchNorm2d, kept: Positions) -> tuple[Tensor, Tensor]:
     return scale, bias - mean * scale
 
 
-class _FreedSum(torch.autograd.Function):
-    """What freed filters read from kept channels (given) plus what they read from freed ones."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        partial: Tensor,
-        kept: Tensor,
-        freed: Tensor | None,
-        from_kept: Tensor,
-        from_freed: Tensor | None,
-        bias: Tensor | None,
-        conv: _Conv,
-    ) -> Tensor:
-        ctx.save_for_backward(kept, freed, from_kept, from_freed)
-        ctx.conv, ctx.biased = conv, bias is not None
-        if freed is None:
-            return partial.clone(memory_format=_CHANNELS_LAST)
-        assert from_freed is not None
-        return F.conv2d(freed, from_freed, None, *conv).add_(partial)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gradient = gradients[0].contiguous(memory_format=_CHANNELS_LAST)
-        kept, freed, from_kept, from_freed = ctx.saved_tensors
-        dfreed = dw_freed = None
-        if freed is not None:
-            dw_freed = _weight_gradient(gradient, freed, from_freed, ctx.conv)
-        if ctx.needs_input_grad[2]:
-            dfreed = _convolution_backward(gradient, freed, from_freed, ctx.conv, 0)
-        dw_kept = _weight_gradient(gradient, kept, from_kept, ctx.conv)
-        dbias = gradient.sum((0, 2, 3)).to(from_kept.dtype) if ctx.biased else None
-        return None, None, dfreed, dw_kept, dw_freed, dbias, None
-
-
-def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, conv: _Conv) -> Tensor:
-    """Return the gradient [F, C, h, w] of the filters `weight` on `x`, whose output had `gradient`.
-
-    With few filters the two change places: correlating them gives the same sums, mirrored, and
-    the kernels pay for a full vector of output channels but not of input channels.
-    """
-    stride, padding, dilation, _ = conv
-    x = x.to(gradient.dtype)
-    mirrored = [side - 1 - pad for side, pad in zip(weight.shape[2:], padding, strict=True)]
-    if len(weight) > _NARROW or stride != [1, 1] or dilation != [1, 1] or min(mirrored) < 0:
-        return _convolution_backward(gradient, x, weight, conv, 1).to(weight.dtype)
-    swapped = weight.new_empty(weight.shape[1], len(weight), *weight.shape[2:])
-    found = _convolution_backward(x, gradient, swapped, (stride, mirrored, dilation, 1), 1)
-    return found.flip(2, 3).transpose(0, 1).to(weight.dtype)
-
-
-def _convolution_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, conv: _Conv, which: int
-) -> Tensor:
-    """Return a convolution's gradient with respect to its input (0) or its weight (1)."""
-    stride, padding, dilation, groups = conv
-    found = torch.ops.aten.convolution_backward(
-        *(gradient, x, weight.to(gradient.dtype), None, stride, padding, dilation),
-        *(False, [0, 0], groups, [which == 0, which == 1, False]),
-    )
-    return cast(Tensor, found[which])
-
-
 class TwinConv(Part):
     """A convolution; the BN behind it is folded into the kept filters.
 
@@ -175,7 +106,7 @@ class TwinConv(Part):
             kept, shift = kept * scale[:, None, None, None], shift * scale + offset
         self.kept = len(kept_rows)
         joint = torch.zeros(len(rows), *kept.shape[1:], dtype=conv.weight.dtype)
-        joint = joint.to(conv.weight.device, memory_format=_CHANNELS_LAST)
+        joint = joint.to(conv.weight.device, memory_format=CHANNELS_LAST)
         joint[: self.kept] = kept
         joint_bias = torch.zeros(len(rows)).to(joint)
         joint_bias[: self.kept] = shift
@@ -190,7 +121,7 @@ class TwinConv(Part):
 
     def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
-        kept = kept.contiguous(memory_format=_CHANNELS_LAST)  # once, and not for each convolution
+        kept = kept.contiguous(memory_format=CHANNELS_LAST)  # once, and not for each convolution
         if not self.own:
             return Halves(F.conv2d(kept, self.joint, self.joint_bias, *self.conv), None)
         from_kept, bias = self.own["from_kept"], self.own.get("bias")
@@ -199,7 +130,7 @@ class TwinConv(Part):
             if bias is not None:
                 self.joint_bias[self.kept :] = bias
             both = F.conv2d(kept, self.joint, self.joint_bias, *self.conv)
-        mine = _FreedSum.apply(  # type: ignore[no-untyped-call]
+        mine = FreedSum.apply(  # type: ignore[no-untyped-call]
             both[:, self.kept :],
             *(kept, freed, from_kept, self.own.get("from_freed"), bias, self.conv),
         )
@@ -286,12 +217,12 @@ class TwinNorm(Part):
             kept = torch.addcmul(self.affine[1], kept, self.affine[0])
         if freed is None:
             return Halves(kept, None)
-        if freed.shape[1] < _NARROW:
+        if freed.shape[1] < NARROW:
             freed = freed.contiguous()
         freed = F.batch_norm(
             *(freed, self.running_mean, self.running_var, self.own["weight"], self.own["bias"]),
             *(self.training, self.momentum, self.eps),
-        ).contiguous(memory_format=_CHANNELS_LAST)
+        ).contiguous(memory_format=CHANNELS_LAST)
         return Halves(kept, freed)
 
 

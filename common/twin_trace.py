@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,53 +20,11 @@ from torch import Tensor, fx, nn
 from common.errors import NetError
 from common.filters import FilterGraph, FreeSet, freed_index
 from common.twin_ops import Halves, Part, TwinConv, TwinDepthwise, TwinHead, TwinNorm
+from common.twin_run import Op, Ref, cat, filled, on_halves
 
 
 class TwinUnsupported(NetError):  # noqa: N818
     """The net does what a twin cannot follow: train it with masks instead."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """An earlier value, by its number, among the arguments of an operation."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Op:
-    """Computes value `number`; afterwards the values `done` are needed no more.
-
-    `run` gets the arguments that the net's own function would, with `Halves` for tensors.
-    """
-
-    number: int
-    run: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    done: tuple[int, ...]
-
-
-def evaluate(ops: list[Op], x: Tensor) -> Halves:
-    """Run the operations on images `x`; the last value is the pair of logits."""
-    values: dict[int, Any] = {0: Halves(x, None)}
-    for op in ops:
-        args, kwargs = _filled(op.args, values), _filled(op.kwargs, values)
-        result = values[op.number] = op.run(*args, **kwargs)
-        for number in op.done:
-            del values[number]
-    assert isinstance(result, Halves)
-    return result
-
-
-def _filled(argument: Any, values: dict[int, Any]) -> Any:
-    if isinstance(argument, Ref):
-        return values[argument.number]
-    if isinstance(argument, tuple | list):
-        return type(argument)(_filled(item, values) for item in argument)
-    if isinstance(argument, dict):
-        return {key: _filled(item, values) for key, item in argument.items()}
-    return argument
 
 
 # What these do to a tensor they do to each channel for itself.
@@ -96,7 +53,7 @@ class Builder:
     Attributes
     ----------
     ops : list of Op
-        In the order of the net; see `evaluate`.
+        In the order of the net; see `common.twin_run`.
     parts : dict of str to Part
         The twin's layers, by the names that they have in the net.
     logits : Halves
@@ -123,10 +80,13 @@ class Builder:
             done = tuple(numbers[s] for s in node.all_input_nodes if last[s] is node)
             self.ops.append(Op(numbers[node], run, tuple(args), dict(kwargs), done))
             try:
-                value = run(*_filled(tuple(args), values), **_filled(dict(kwargs), values))
+                value = run(*filled(tuple(args), values), **filled(dict(kwargs), values))
             except (RuntimeError, TypeError, ValueError) as error:
                 line = " ".join(str(error).split())
                 raise TwinUnsupported(f"{_called(node)} cannot be split: {line}") from error
+            kept = value.kept if isinstance(value, Halves) else None
+            if isinstance(value, Tensor) or not isinstance(kept, Tensor | None):
+                raise TwinUnsupported(f"{_called(node)} does not give one tensor of channels")
             values[numbers[node]] = value
             if isinstance(value, Halves) and node.target != self._head:
                 self._masks[node] = self._mask(node, value)
@@ -157,18 +117,18 @@ class Builder:
         if kind is torch.cat:
             if _argument(node, 1, "dim", 0) != 1:
                 raise TwinUnsupported(f"{_called(node)} does not join channels")
-            return _cat
+            return cat
         if len({self._masks[s].tobytes() for s in sources if s in self._masks}) > 1:
             raise TwinUnsupported(f"{_called(node)} joins values whose freed channels differ")
         if kind in _SUMS:
             self._fresh.add(node)
-            return _on_halves(torch.add)
+            return on_halves(torch.add)
         known = kind in _CHANNELWISE | _FLATTEN | _RESHAPE or (
             kind in _MEANS and {d % 4 for d in _dims(node)} == {2, 3}
         )
         if not known and any(self._masks[s].any() for s in sources if s in self._masks):
             raise TwinUnsupported(f"{_called(node)} does to freed filters what is not known")
-        return _on_halves(_function(node, module))
+        return on_halves(_function(node, module))
 
     def _part(self, node: fx.Node, module: nn.Conv2d | nn.BatchNorm2d | nn.Linear) -> Part | None:
         name, read = str(node.target), self._masks[node.all_input_nodes[0]]
@@ -259,37 +219,12 @@ def _with_refs(argument: Any, numbers: dict[fx.Node, int]) -> Any:
 
 def _function(node: fx.Node, module: nn.Module | None) -> Callable[..., Any]:
     if module is not None:
-        return copy.deepcopy(module).eval()
+        return copy.deepcopy(module).eval().requires_grad_(False)
     if isinstance(node.target, str):
         # The halves are channels-last, which view may refuse.
         name = "reshape" if node.target == "view" else node.target
         return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
     return node.target
-
-
-def _on_halves(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function of tensors one of pairs, which it does to both halves alike."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        pairs = [a for a in (*args, *kwargs.values()) if isinstance(a, Halves)]
-        kept, freed = (
-            function(*(_half(a, i) for a in args), **{k: _half(a, i) for k, a in kwargs.items()})
-            if all(pair[i] is not None for pair in pairs)
-            else None
-            for i in (0, 1)
-        )
-        return Halves(cast(Tensor, kept), freed)
-
-    return run
-
-
-def _half(argument: Any, which: int) -> Any:
-    return argument[which] if isinstance(argument, Halves) else argument
-
-
-def _cat(values: tuple[Halves, ...], *_: Any, **__: Any) -> Halves:
-    freed = [value.freed for value in values if value.freed is not None]
-    return Halves(torch.cat([v.kept for v in values], 1), torch.cat(freed, 1) if freed else None)
 
 
 def _as_mask(positions: np.ndarray | None, size: int) -> np.ndarray:

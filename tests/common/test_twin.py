@@ -58,7 +58,7 @@ class Concatenation(nn.Module):
         x = torch.cat([x, self.grow1(F.relu(self.bn_a(x)))], 1)
         x = torch.cat((x, self.grow2(F.relu(self.bn_b(x)))), dim=1)
         x = F.adaptive_avg_pool2d(F.gelu(self.bn_c(x)), 2)
-        return self.fc(x.view(x.size(0), -1))
+        return self.fc(torch.flatten(x, 1))
 
 
 class PreActivation(nn.Module):
@@ -95,8 +95,8 @@ class InPlace(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(x))
         y += x
-        y = torch.flatten(F.adaptive_max_pool2d(self.relu(y), 1), 1)
-        return self.fc(self.dropout(y))
+        y = F.adaptive_max_pool2d(self.relu(y), 1)
+        return self.fc(self.dropout(y.view(y.size(0), -1)))
 
 
 class Shapes(nn.Module):
@@ -243,7 +243,7 @@ convolutions = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     width=st.integers(2, 24),
     share=st.floats(0.05, 0.9),
@@ -256,7 +256,7 @@ def test_any_kernel_stride_padding_and_dilation_is_followed(
 ) -> None:
     torch.manual_seed(0)
     net = Shapes(width, bias=bias, depthwise=depthwise, last=last)
-    net, graph, free = regrown(net, 20, share)
+    net, graph, free = regrown(net, 26, share)
     assert_same_step(net.double(), graph, free, tolerance=1e-9)
 
 
@@ -401,11 +401,17 @@ class Mixing(InPlace):
         return self.fc(F.relu(self.bn2(self.conv2(y))).mean((2, 3)))
 
 
+class Corner(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))[:, :, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: InPlace(dropout=0.5), "'dropout' drops kept channels"),
         (Branching, "cannot be traced: .*control flow"),
+        (Corner, "'getitem' does to freed filters what is not known"),
         (Mixing, "'mean' does to freed filters what is not known"),
     ],
 )
@@ -423,6 +429,7 @@ def test_nets_that_cannot_be_followed_are_left_to_masks(
 def test_the_teacher_answers_for_the_images_just_seen_alone() -> None:
     net, graph, free = step("resnet8")
     twin, data = Twin(net, graph, free), images(graph, 4)
-    twin(data.x)
+    assert twin(data.x).requires_grad
+    assert not twin.teacher(data.x).requires_grad
     with pytest.raises(NetError, match="images that the twin has not seen"):
         twin.teacher(data.x.clone())
