@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from client.bases import Bases
-from client.local import Arrays, carry_out
+from client.local import carry_out
 from client.simulated import SimulatedDevice
+from client.wire import Arrays
 from common.accelerator import Accelerator
 from common.config import Config
 from common.errors import ConfigError, FallowError
 from common.order import Report, read_order
+from common.update import read_array
 
 _BASES: dict[Path, Bases] = {}
 
@@ -93,7 +96,8 @@ def _bases(context: Context, cache: str | None) -> Bases:
 
 def _arrays(message: Message) -> Arrays:
     record: Any = message.content.array_records.get("arrays", {})
-    return Arrays(**{name: record[name].numpy() for name in ("base", "values") if name in record})
+    names = [field.name for field in fields(Arrays) if field.name in record]
+    return Arrays(**{name: read_array(record[name].data, f"'{name}'") for name in names})
 
 
 def _reply(message: Message, report: Report, update: Any = None) -> Message:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from client.feedback import Feedback
 from common.errors import StoreError
 from common.state import State, state_digest
 from common.store import BundleStore
+from common.update import Moved
 
 
 class Bases:
@@ -25,11 +27,18 @@ class Bases:
         Where they are kept.
     keep : int
         Most on disk; older ones are sent again if they are ever asked for.
+
+    Attributes
+    ----------
+    feedback : Feedback
+        What coding took from the device's updates.
     """
 
     def __init__(self, folder: Path, keep: int = 8) -> None:
         self._disk = BundleStore(folder, keep)
         self._memory: OrderedDict[str, State] = OrderedDict()
+        self._moved = BundleStore(folder / "moved", keep=4)
+        self.feedback = Feedback(folder / "feedback")
 
     def get(self, digest: str) -> State | None:
         """Return the model called `digest`, or None."""
@@ -49,6 +58,18 @@ class Bases:
             self._disk.put(state)
             self._remember(digest, dict(state))
         return digest
+
+    def get_moved(self, digest: str) -> Moved | None:
+        """Return how far a round's values are from their base, or None."""
+        try:
+            return Moved(self._moved.get(digest)["distance"].numpy())
+        except StoreError:
+            self._moved.discard(digest)
+            return None
+
+    def put_moved(self, moved: Moved) -> None:
+        """Keep how far a round's values are from their base."""
+        self._moved.put(moved.as_state())
 
     def _remember(self, digest: str, state: State) -> None:
         self._memory[digest] = state

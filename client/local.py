@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,22 +14,27 @@ import torch
 from torch import nn
 
 from client.bases import Bases
+from client.wire import Arrays, packed_update, received
 from common.accelerator import Accelerator
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import class_log_shares
 from common.errors import UpdateError
+from common.experts import expert_layout
+from common.features import class_sums
 from common.filters import FilterGraph, cut
+from common.gate import stem_conv, stem_moments
 from common.importance import sensitivity, taylor
 from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
+from common.memory import trunk_of
 from common.nets import build
-from common.order import NEEDS_BASE, NetSpec, Order, Report, as_free_set
+from common.order import NEEDS_BASE, NEEDS_VALUES, NetSpec, Order, Report, as_free_set
 from common.proximal import proximal
 from common.regrow import regrow
 from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
 from common.state import State, read_state, state_digest, write_state
 from common.train import Labelled, Recipe, predict, train
-from common.update import check_values
+from common.update import check_values, encode_scores
 
 _SCORED_IMAGES = 256
 """Importances are means over images and settle early; more would only cost the device."""
@@ -44,14 +49,6 @@ class DeviceData(Protocol):
 
     def batch(self, step: int) -> ImageSet:
         """Return the images of a step; the same in every round of the step."""
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """Packed arrays that came with an order: the whole base, and the values that changed."""
-
-    base: np.ndarray | None = None
-    values: np.ndarray | None = None
 
 
 def carry_out(
@@ -73,10 +70,10 @@ def carry_out(
     Returns
     -------
     report : Report
-        With `declined` set if the device lacks the base or has too few images.
-    update : float32 array or None
-        grow, consolidate: packed values after training. weigh: packed importances, first the
-        sensitivities of all layers, then their Taylor scores.
+        With `declined` set if the device lacks base or values or has too few images.
+    update : array or None
+        grow, consolidate: packed values after training, or what `client.wire` makes of them.
+        weigh: packed importances, first the sensitivities of all layers, then their Taylor scores.
 
     Raises
     ------
@@ -94,13 +91,17 @@ def carry_out(
     trained_on, heldout = split_holdout(images, order.heldout)
     if len(trained_on) < 2:
         return Report(device=data.device, declined=f"{len(trained_on)} training image(s)"), None
+    if order.scope == "expert":
+        template = cut(template, graph, order.free_set())
     base = _resolve_base(order, arrays.base, template, graph, bases)
     if base is None:
         return Report(device=data.device, declined=NEEDS_BASE), None
-    layout = _layout(order, graph, base)
-    current = base
-    if arrays.values is not None:
-        current = layout.unpack(base, check_values(arrays.values, layout.size, "the model"))
+    layout = _layout(order, template, graph, base)
+    packed_base = layout.pack(base)
+    start = received(order, arrays, packed_base, layout, bases)
+    if start is None:
+        return Report(device=data.device, declined=NEEDS_VALUES), None
+    current = base if start is packed_base else layout.unpack(base, start)
 
     normalisation = Normalisation(order.net.mean, order.net.std)
     held = Labelled.of(heldout, normalisation)
@@ -116,11 +117,15 @@ def carry_out(
     teacher = _net(template, base, accelerator)
     prior_right, right = _right(teacher, held, accelerator), _right(student, held, accelerator)
     update, loss = None, 0.0
-    if order.phase == "weigh":
+    if order.phase == "look":
+        update = _seen(order, student, graph, own, accelerator)
+    elif order.phase == "weigh":
         update = _scores(student, graph, own, order.batch)
+        update = update if order.codec_up == "fp32" else encode_scores(update)
     elif order.phase != "judge":
         loss = _train(order, student, teacher, graph, layout, base, own, data.device, accelerator)
-        update = layout.pack(read_state(student))
+        trained = layout.pack(read_state(student))
+        update = packed_update(order, start, trained, layout, data.device, bases)
     return (
         Report(
             device=data.device,
@@ -168,6 +173,12 @@ def _resolve_base(
         shapes = read_state(template)
         layout = dense_layout(graph, shapes)
         made = layout.unpack(shapes, check_values(packed, layout.size, "the base model"))
+    elif order.trunk is not None:
+        whole = bases.get(order.trunk)
+        if whole is None:
+            return None
+        dense, _ = net_and_graph(order.net)
+        made = read_state(trunk_of(dense, graph, whole, order.free_set()))
     elif order.regrown is not None:
         source = bases.get(order.regrown.source)
         if source is None:
@@ -187,8 +198,10 @@ def _resolve_base(
     return made
 
 
-def _layout(order: Order, graph: FilterGraph, base: State) -> Layout:
-    if order.phase in ("grow", "weigh"):
+def _layout(order: Order, template: nn.Module, graph: FilterGraph, base: State) -> Layout:
+    if order.scope == "expert":
+        layout = expert_layout(template, graph.head, order.expert_share)
+    elif order.phase in ("look", "grow", "weigh"):
         layout = scope_layout(order.scope, graph, order.free_set(), base)
     else:
         layout = consolidation_layout(graph, order.free_set(), base)
@@ -233,7 +246,6 @@ def _train(
     )
     # Without the regrown filters, which nobody reads yet, the base is the prior model, in
     # less time; without this step's filters the grown model is its kept part.
-    kept_part = cut(base_net, graph, as_free_set(order.kept))
     before_step = None
     teaching = order.teaching
     if order.phase == "grow":
@@ -242,9 +254,11 @@ def _train(
         elif teaching.teacher == "round":
             teachers = [copy.deepcopy(student)]
         else:
-            teachers = [kept_part]
+            teachers = [cut(base_net, graph, as_free_set(order.kept))]
     else:
-        teachers = [base_net, kept_part] if order.kept else [base_net]
+        teachers = [base_net]
+        if order.kept:
+            teachers.append(cut(base_net, graph, as_free_set(order.kept)))
         begin, end, until = order.anneal
         anneal = Anneal(student, graph, order.free_set(), base)
 
@@ -272,6 +286,24 @@ def _train(
         before_step=before_step,
     )
     return trained.loss
+
+
+def _seen(
+    order: Order, net: nn.Module, graph: FilterGraph, data: Labelled, accelerator: Accelerator
+) -> np.ndarray:
+    """Return packed statistics of the device's images."""
+    if order.by_class:
+        trunk = cut(net, graph, order.free_set())
+        classes = order.net.classes
+        return class_sums(
+            trunk, graph.head, data.x, data.y, classes, accelerator=accelerator
+        ).pack()
+    stem = stem_conv(net)
+    weight = np.frombuffer(base64.b64decode(order.stem), "<f4").copy()
+    if not weight.size or weight.size % stem.weight[0].numel():
+        raise UpdateError(f"the stem to look through has {weight.size} weights")
+    stem.weight = nn.Parameter(torch.from_numpy(weight).view(-1, *stem.weight.shape[1:]))
+    return stem_moments(stem, data.x, accelerator=accelerator).pack()
 
 
 def _scores(net: nn.Module, graph: FilterGraph, data: Labelled, batch: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from common.codec import Codec
 from common.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -115,8 +116,12 @@ class Config(BaseModel):
         0.5, description="most that a layer may lose"
     )
     max_drop: Share = Field(0.005, description="accepted loss of held-out accuracy by freeing")
-    freeing_epochs: Count = Field(10, description="epochs of the first freeing, at the server")
-    freeing_lr: Positive = Field(0.02, description="learning rate of the first freeing (cosine)")
+    freeing_epochs: Count = Field(20, description="epochs of the first freeing, at the server")
+    freeing_lr: Positive = Field(0.05, description="learning rate of the first freeing (cosine)")
+    rotations: NotNegative = Field(
+        1.0,
+        description="weight, in the first freeing, of telling how images are turned; 0 = not asked",
+    )
     anneal: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="share of a freeing after which the scales are exactly zero"
     )
@@ -182,6 +187,21 @@ class Config(BaseModel):
         description="accepted loss of held-out accuracy by growing, beyond one standard error",
     )
 
+    # shifts
+    shift: Literal["auto", "never"] = Field(
+        "auto",
+        description="whether other worlds and new classes are looked for and learnt apart",
+    )
+    world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
+        0.8, description="how often a gate must be right for images to be of another world"
+    )
+    expert_share: Share = Field(
+        0.05, description="most that a world's expert may change, of the kept parameters"
+    )
+    expert_lr: Positive = Field(
+        0.05, description="learning rate of an expert (cosine over the rounds)"
+    )
+
     # rounds
     sample: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of the devices asked a round"
@@ -195,6 +215,12 @@ class Config(BaseModel):
     node_timeout: Positive = Field(120.0, description="seconds to wait for min-devices")
     round_timeout: Positive = Field(1800.0, description="seconds a round may take")
     repeats: Count = Field(3, description="tries at a round before the run is given up")
+
+    # the wire
+    codec_up: Codec = Field(
+        "int8", description="how updates travel: fp32, fp16, or int8 to int2 with error feedback"
+    )
+    codec_down: Codec = Field("int8", description="how values travel to the devices: likewise")
 
     # the server's own data
     proxy: str = Field("", description="unlabelled images at the server; empty = none")

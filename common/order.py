@@ -1,7 +1,7 @@
 """What the server asks of a device, and what the device answers.
 
 Both travel as one JSON text beside at most two packed arrays: the base model (only to a device
-that lacks it) and the values that changed since. Everything is checked when it is read.
+that lacks it) and what changed since (see `common.update`). Everything is checked when it is read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from common.codec import Codec
 from common.distill import Distillation
 from common.errors import UpdateError
 from common.filters import FreeSet
@@ -19,7 +20,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Phase = Literal["weigh", "grow", "consolidate", "judge"]
+Phase = Literal["look", "weigh", "grow", "consolidate", "judge"]
 
 
 class _Frozen(BaseModel):
@@ -75,6 +76,7 @@ class Order(_Frozen):
     Attributes
     ----------
     phase : str
+        ``look`` answers with statistics of the images (`common.gate`, `common.features`);
         ``grow`` and ``consolidate`` train; ``weigh`` measures the model and every filter's
         importance; ``judge`` measures the model.
     base : str
@@ -94,6 +96,24 @@ class Order(_Frozen):
     anneal : tuple of float
         consolidate: progress at the begin and at the end of this round, and where the scales
         reach zero.
+    trunk : str or None
+        Scope expert: digest of the model whose part without its free filters is the base.
+    expert_share : float
+        Scope expert: see `common.experts.expert_layout`.
+    stem : str
+        look: weights of the convolution to look through, float32 in base64.
+    by_class : bool
+        look: answer with statistics of all features by class, not with those of the stem.
+    codec_up, codec_down : str
+        How the update and the values travel; importances go in fp16 unless the update is ``fp32``.
+    moved : str or None
+        Digest of how far the values that the round begins with are from the base (see
+        `common.update.Moved`); None where they equal the base's or come as they are.
+    since : str or None
+        Digest of the same of the round before, to which an array ``delta`` is the difference;
+        None where that was the base.
+    feedback : str or None
+        Names the phase to whose updates the device adds what coding took from those before.
     """
 
     run: int
@@ -107,7 +127,7 @@ class Order(_Frozen):
     regrown: Regrown | None
     free: Channels
     kept: Channels
-    scope: Literal["rows", "group", "all"]
+    scope: Literal["rows", "group", "all", "expert"]
     layout: Digest | None
     keep: Digest | None
     epochs: int = Field(ge=0)
@@ -122,6 +142,15 @@ class Order(_Frozen):
     class_counts: list[Annotated[int, Field(ge=0)]]
     anneal: tuple[float, float, Positive]
     heldout: float = Field(gt=0, le=0.5)
+    trunk: Digest | None = None
+    expert_share: float = Field(0.0, ge=0, le=1)
+    stem: str = ""
+    by_class: bool = False
+    codec_up: Codec = "fp32"
+    codec_down: Codec = "fp32"
+    moved: Digest | None = None
+    since: Digest | None = None
+    feedback: Digest | None = None
 
     def free_set(self) -> FreeSet:
         """Return `free` as a free set."""
@@ -170,6 +199,9 @@ M = TypeVar("M", bound=BaseModel)
 
 NEEDS_BASE = "needs base"
 """`Report.declined` of a device that lacks the base: the server sends it and asks again."""
+
+NEEDS_VALUES = "needs values"
+"""`Report.declined` of a device that lacks the values of the round before: likewise."""
 
 
 def read_order(text: str) -> Order:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from common.config import Config
-from common.data import ImageSet, Stream, by_class, by_share, has_split, open_source, partition
+from common.data import ImageSet, Stream, Worlds, by_class, by_share, by_world, partition
 from common.data.worlds import transform, worlds_of
 from common.errors import ConfigError
 from common.seeds import numpy_rng
@@ -37,12 +37,23 @@ class Scenario:
     def __init__(self, config: Config) -> None:
         self._config = config
         size, channels = config.image_size or None, config.channels or None
-        self._source = open_source(config.data, size=size, channels=channels)
+        self._data = Worlds(config.data, size=size, channels=channels)
+        self._source = self._data.source
         self.classes: tuple[str, ...] = self._source.classes
         self.shape: tuple[int, int, int] = self._source.shape
         self.images = len(self._source)
         self._worlds = worlds_of(config.worlds, config.steps)
+        if len(self.worlds) > 1 and (config.stream == "class" or config.worlds):
+            other = f"worlds is '{config.worlds}'" if config.worlds else "stream is 'class'"
+            raise ConfigError(
+                f"data names {len(self.worlds)} worlds, a part each, and {other}: use one of them"
+            )
         self._decoded: dict[int, ImageSet] = {}
+
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """Names of the worlds that the setting `data` names, the prior's first."""
+        return self._data.names
 
     @cached_property
     def stream(self) -> Stream:
@@ -50,6 +61,9 @@ class Scenario:
         c = self._config
         labels = self._source.labels
         rng = numpy_rng("stream", c.seed)
+        if len(self.worlds) > 1:
+            edges, sizes = self._data.edges, (c.prior_size or None, c.part_size or None)
+            return by_world(labels, edges, c.steps, rng, *sizes)
         if c.stream == "class":
             first = c.prior_classes or max(1, len(np.unique(labels)) // (c.steps + 1))
             return by_class(
@@ -107,19 +121,19 @@ class Scenario:
         return ImageSet.concat([*shares, own])
 
     def test(self) -> ImageSet | None:
-        """Return the test split, or None if the data has none."""
-        c = self._config
-        if not has_split(c.data, "test"):
-            return None
-        channels, height, width = self.shape
-        source = open_source(
-            c.data,
-            split="test",
-            classes=self.classes,
-            size=height if height == width else None,  # a size makes them square
-            channels=channels,
-        )
-        return source.take(np.arange(len(source)))
+        """Return the test images of all worlds, or None if a world has none."""
+        tests = list(self.tests().values())
+        known = [images for images in tests if images is not None]
+        return ImageSet.concat(known) if len(known) == len(tests) else None
+
+    def tests(self) -> dict[str, ImageSet | None]:
+        """Return each world's test images, None where it has none, in the order of the stream."""
+        worlds = self.worlds[: self._config.steps + 1]
+        sources = {name: self._data.test(number) for number, name in enumerate(worlds)}
+        return {
+            name: None if source is None else source.take(np.arange(len(source)))
+            for name, source in sources.items()
+        }
 
 
 @functools.lru_cache(maxsize=1)

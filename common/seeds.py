@@ -23,8 +23,13 @@ def seed_of(purpose: str, *key: int | str) -> int:
     *key : int or str
         Whatever tells this draw from others: run seed, step, round, device.
     """
-    text = "\x1f".join([purpose, *(str(part) for part in key)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int(digest_of(purpose, *key)[:16], 16) >> 1
+
+
+def digest_of(*key: int | str) -> str:
+    """Return the SHA-256 (hex) of whatever tells this key from others."""
+    text = "\x1f".join(str(part) for part in key)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def numpy_rng(purpose: str, *key: int | str) -> np.random.Generator:

@@ -9,6 +9,7 @@ loss (SST + MSL).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from common.distill import Distillation, adaptive_loss
 from common.errors import DataError
 from common.filters import FilterGraph, FreeSet, cut, freed_index
 from common.layout import consolidation_layout
+from common.rotation import Rotations
 from common.state import State, read_state, write_state
 from common.train import Labelled, Objective, Recipe, accuracy_of, train
 
@@ -135,6 +137,7 @@ def free_filters(
     rng: Callable[[int], torch.Generator],
     tries: int = 4,
     shrink: float = 0.7,
+    rotations: Callable[[int], Rotations] | None = None,
     accelerator: Accelerator = CPU,
     on_epoch: Callable[[int, int, float], None] | None = None,
 ) -> Freeing:
@@ -164,6 +167,8 @@ def free_filters(
         From the attempt's number to a generator.
     tries : int
         Attempts; after the last the net is left as it was and the free set is empty.
+    rotations : callable, optional
+        From the attempt's number to a second task of `net` (see `common.rotation`).
     on_epoch : callable, optional
         Called with attempt, epoch and loss.
 
@@ -189,19 +194,21 @@ def free_filters(
             break
         write_state(net, base)
         anneal = Anneal(net, graph, free, base)
-        train(
-            net,
-            consolidation_layout(graph, free, base),
-            data,
-            multi_step_objective(teachers, distillation),
-            recipe,
-            rng(attempt),
-            accelerator=accelerator,
-            before_step=lambda done, anneal=anneal: anneal(scale_factor(done, until)),  # type: ignore[misc]
-            after_epoch=None
-            if on_epoch is None
-            else lambda epoch, loss, n=attempt: on_epoch(n, epoch, loss),  # type: ignore[misc]
-        )
+        with contextlib.ExitStack() as stack:
+            train(
+                net,
+                consolidation_layout(graph, free, base),
+                data,
+                multi_step_objective(teachers, distillation),
+                recipe,
+                rng(attempt),
+                accelerator=accelerator,
+                rotations=None if rotations is None else stack.enter_context(rotations(attempt)),
+                before_step=lambda done, anneal=anneal: anneal(scale_factor(done, until)),  # type: ignore[misc]
+                after_epoch=None
+                if on_epoch is None
+                else lambda epoch, loss, n=attempt: on_epoch(n, epoch, loss),  # type: ignore[misc]
+            )
         after = accuracy_of(net, heldout, accelerator)
         after_cut = accuracy_of(cut(net, graph, free), heldout, accelerator)
         accepted = not before - after_cut > max_drop + _ROUNDING

@@ -16,6 +16,7 @@ from common.errors import DataError
 from common.frozen import training_only
 from common.layout import Layout
 from common.optim import PackedSGD
+from common.rotation import Rotations
 
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(student logits [B, C], inputs [B, C, H, W], labels [B]) -> loss []."""
@@ -80,6 +81,7 @@ def train(
     rng: torch.Generator,
     *,
     accelerator: Accelerator = CPU,
+    rotations: Rotations | None = None,
     before_step: Callable[[float], None] | None = None,
     after_epoch: Callable[[int, float], None] | None = None,
 ) -> Trained:
@@ -99,6 +101,8 @@ def train(
         Epochs, batch size, learning rate and so on.
     rng : torch.Generator
         Of the order of the images, of their augmentation and, by its seed, of dropout.
+    rotations : Rotations, optional
+        A second task of `net`, learnt on turned images beside the others: twice the work.
     before_step : callable, optional
         Called with the share of steps done, in [0, 1), before each step; and with 1.0 at the
         end.
@@ -134,8 +138,11 @@ def train(
                 x = recipe.augment(data.x[index], rng).to(accelerator.device)
                 y = data.y[index].to(accelerator.device)
                 with accelerator.autocast():
-                    logits = net(x)
-                    loss = objective(logits.float(), x, y)
+                    if rotations is None:
+                        loss = objective(net(x).float(), x, y)
+                    else:
+                        both = torch.cat([x, rotations.turned(x)])
+                        loss = objective(net(both)[: len(x)].float(), x, y) + rotations.loss(y)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 loss_sum += float(loss.detach()) * len(index)

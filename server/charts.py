@@ -159,7 +159,8 @@ def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
 
 
 def _segment_of(record: dict[str, Any]) -> tuple[int, str, int]:
-    phase = {"weigh": "grow", "judge": "consolidate"}.get(record["phase"], record["phase"])
+    belongs = {"look": "grow", "weigh": "grow", "judge": "consolidate"}
+    phase = belongs.get(record["phase"], record["phase"])
     return record["step"], phase, record["attempt"]
 
 

@@ -17,13 +17,17 @@ import torch
 from common.config import NOT_THE_RESULT, Config
 from common.errors import StoreError
 from common.filters import FreeSet
+from common.gate import Moments
+from common.memory import Memory
 from common.order import as_channels, as_free_set
 from common.sparsify import Attempt
 from common.state import State
 from common.store import BundleStore, read_json, write_json
+from common.update import Moved
 from server.plan import RunState, StepOutcome
+from server.shared import Shared
 
-_FORMAT = 1
+_FORMAT = 2
 _KEEP = 2
 
 
@@ -158,6 +162,11 @@ class CheckpointFolder:
             "prior": self._tensors.put(state.prior),
             "base": self._tensors.put(state.base),
             **packed,
+            "shared": None if state.shared is None else self._tensors.put(_bundle(state.shared)),
+            "since": None if state.shared is None else state.shared.since,
+            "memory": None if state.memory is None else self._tensors.put(state.memory.as_state()),
+            "way": state.way,
+            "seen": None if state.seen is None else state.seen.pack().tolist(),
             "source": state.source,
             "free": as_channels(state.free),
             "next_free": as_channels(state.next_free),
@@ -184,7 +193,13 @@ class CheckpointFolder:
             prior=self._tensor(value["prior"]),
             base=self._tensor(value["base"]),
             values=self._array(value, "values"),
+            shared=self._shared(value),
             tail=self._array(value, "tail"),
+            memory=None
+            if value["memory"] is None
+            else Memory.from_state(self._tensor(value["memory"])),
+            way=value["way"],
+            seen=_moments(value["seen"]),
             source=value["source"],
             free=as_free_set(value["free"]),
             next_free=as_free_set(value["next_free"]),
@@ -201,6 +216,16 @@ class CheckpointFolder:
 
     def _array(self, state: dict[str, Any], name: str) -> np.ndarray | None:
         return None if state[name] is None else self._tensor(state[name])[name].numpy()
+
+    def _shared(self, state: dict[str, Any]) -> Shared | None:
+        if state["shared"] is None:
+            return None
+        parts = {name: part.numpy() for name, part in self._tensor(state["shared"]).items()}
+        moved = Moved(parts["distance"])
+        return Shared(moved, parts["residue"], parts["delta"], state["since"])
+
+    def _memory(self, digest: str | None) -> Memory | None:
+        return None if digest is None else Memory.from_state(self._tensor(digest))
 
     def _tensor(self, digest: str) -> State:
         try:
@@ -221,7 +246,20 @@ def _digests(path: Path) -> set[str]:
         state = read_json(path)["state"]
     except StoreError:
         return set()
-    return {state[name] for name in ("prior", "base", "values", "tail") if state[name]}
+    return {state[n] for n in ("prior", "base", "values", "shared", "tail", "memory") if state[n]}
+
+
+def _bundle(shared: Shared) -> State:
+    arrays = {"residue": shared.residue, "delta": shared.delta}
+    return {**shared.moved.as_state(), **{n: torch.from_numpy(a) for n, a in arrays.items()}}
+
+
+def _moments(packed: list[float] | None) -> Moments | None:
+    if packed is None:
+        return None
+    # 1 + d + d (d + 1) / 2 values
+    size = int((math.sqrt(1 + 8 * len(packed)) - 3) / 2)
+    return Moments.unpack(np.array(packed), size)
 
 
 def _number(value: float) -> float | None:

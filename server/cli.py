@@ -95,33 +95,63 @@ def simulate(
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help="Folder for cells and tables; run again to go on.")],
-    data: Annotated[str | None, typer.Option(help="'digits', a folder or a file.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder, or results.json beside such a folder; run again to go on.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'digits', a folder or a file. Given again: the next part's world (protocol "
+            "domain). PATH+PATH is one world; PATH@COLUMN=VALUE takes some rows of a Parquet file."
+        ),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Test images, one for each --data; else its test split, else 20 % of it."
+        ),
+    ] = None,
     protocol: Annotated[str, typer.Option(help="instance, domain or class.")] = "instance",
-    parts: Annotated[int, typer.Option(help="Of the stream, the prior's among them.")] = 2,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the stream, the prior's among them: 2 is the prior and one step of new data. "
+            "Default: 2, or as many as there are --data.",
+            show_default=False,
+        ),
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="all, or names with commas.")] = None,
-    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    seeds: Annotated[
+        str | None, typer.Option(help="With commas. Default: 0,1,2; with --quick 0.")
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Simulated devices.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Dirichlet; small = skewed.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds a step.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Local epochs a round.")] = None,
     net: Annotated[str | None, typer.Option(help="See `fallow nets`.")] = None,
     width: Annotated[float | None, typer.Option(help="Width of the net.")] = None,
-    prior_size: Annotated[int | None, typer.Option(help="Images for the prior.")] = None,
-    part_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small data: seconds a cell.")] = False,
+    prior_size: Annotated[int | None, typer.Option(help="Images for the prior; 0 = all.")] = None,
+    part_size: Annotated[int | None, typer.Option(help="New images a step; 0 = all.")] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What is equal for all methods: rounds; or bytes or compute, at most what "
+            "fallow spends (bytes:0.5: half of it)."
+        ),
+    ] = "rounds",
+    quick: Annotated[bool, typer.Option("--quick", help="Small: seconds a cell.")] = False,
     workers: Annotated[int, typer.Option(help="Cells at a time; 0 = one a core.")] = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, for all methods.")
     ] = None,
 ) -> None:
     """Compare methods on a stream of new data, everything else equal."""
-    from server.bench.plan import cells_of
-    from server.bench.runner import run_bench
-    from server.bench.table import rich_tables
+    from server.bench.plan import cells_of, data_of
+    from server.bench.runner import BenchFolder, BenchInterruptedError, run_bench
+    from server.bench.show import rich_tables
 
     given = {
-        "data": data,
+        "data": data_of(data or [], test or []) or None,
         "devices": devices,
         "alpha": alpha,
         "rounds": rounds,
@@ -132,12 +162,20 @@ def bench(
         "part_size": part_size,
     }
     asked = {**{k: v for k, v in given.items() if v is not None}, **_assignments(settings or [])}
-    cells = cells_of(protocol, parts, methods, seeds, asked, quick=quick)
+    seeds = seeds or ("0" if quick else "0,1,2")
+    cells = cells_of(protocol, parts, methods, seeds, asked, quick=quick, budget=budget)
     console = Console()
-    rows = run_bench(cells, out, workers, console.print)
-    for table in rich_tables(rows):
+    try:
+        rows = run_bench(cells, out, workers, lambda text: console.print(text, highlight=False))
+    except KeyboardInterrupt:
+        raise BenchInterruptedError(out, shlex.join(["fallow", *sys.argv[1:]])) from None
+    asked_for = {(cell.protocol, cell.parts) for cell in cells}
+    rows = [row for row in rows if (row.protocol, row.parts) in asked_for]
+    for table in rich_tables(rows, console):
         console.print(table)
-    console.print(f"tables  {out / 'table.md'}, {out / 'results.json'}")
+    place = BenchFolder(out)
+    console.print(f"tables  {place.table}, {place.results}", soft_wrap=True)
+    console.print(f"charts  {place.folder / '*.svg'}", soft_wrap=True)
 
 
 @app.command()

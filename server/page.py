@@ -243,7 +243,7 @@ summary { cursor: pointer; color: var(--muted); }
 </tbody></table></div>
 <dl class="terms">
 <dt>asked, used</dt><dd>Counted over all rounds and attempts: a device asked in ten rounds counts ten times.</dd>
-<dt>weigh, judge</dt><dd>Exchanges in which devices train nothing: they measure the grown model and which of its filters matter, and then what freeing cost.</dd>
+<dt>look, weigh, judge</dt><dd>Exchanges in which devices train nothing: they measure the grown model and which of its filters matter, and then what freeing cost.</dd>
 </dl>
 <details><summary>All {{ rounds | length }} rounds</summary>
 <div class="scroll"><table>

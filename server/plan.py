@@ -1,35 +1,47 @@
 """Steps and phases as a pure state machine: (plan, state, outcome) -> state.
 
-A step goes ``grow`` (AOD) -> ``weigh`` (is the grown model better, which filters matter) ->
-``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost accepted), back to
-``consolidate`` with a smaller share where it is not, and on to the next step. Step 0 exists
-only for a prior whose filters nobody has freed yet; it has no ``grow``.
+A step begins with ``look``: statistics of the new images tell how to learn from them. Other
+classes are learnt by statistics alone, images of another world by an expert (``grow``, and that
+is all). Where nothing has shifted, the step goes ``grow`` (AOD) -> ``weigh`` (is the grown model
+better, which filters matter) -> ``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost
+accepted), back to ``consolidate`` with a smaller share where it is not, and on to the next step.
+Step 0 exists only for a prior whose filters nobody has freed yet; it has no ``grow``.
 
 No function here does I/O or draws a random number, so a checkpoint is the state.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from torch import nn
 
 from common.config import Config
-from common.filters import FilterGraph, FreeSet
+from common.experts import changed_by, expert_layout
+from common.features import ClassSums, feature_size
+from common.features import packed_size as sums_size
+from common.filters import FilterGraph, FreeSet, cut
+from common.gate import Moments, separation
+from common.gate import packed_size as moments_size
 from common.importance import bn_scale, choose, combine_ranks, random_scores
 from common.layout import Layout, consolidation_layout, scope_layout
+from common.memory import Memory, trunk_of
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
 from common.regrow import Diversity, regrow
-from common.seeds import numpy_rng, seed_of
+from common.seeds import digest_of, numpy_rng, seed_of
 from common.sparsify import Attempt, off_state, scale_factor, smaller
 from common.state import State, read_state, state_digest, write_state
 from server.prior import make_net
+from server.shared import Shared
 
 Scores = dict[str, np.ndarray]
+Way = Literal["whole", "expert", "classes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +74,7 @@ class StepOutcome:
     requested_share: float
     attempts: tuple[Attempt, ...]
     lambdas: tuple[float, ...]
+    way: Way = "whole"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +90,8 @@ class RunState:
         consolidating.
     values : float32 array or None
         Packed entries of the phase's layout; None where they equal the base's.
+    shared : Shared or None
+        How `values` came to the devices; None where they travel as they are.
     tail : float32 array or None
         Mean of the last growing rounds' values so far; it is what a step's growing ends with.
     class_counts : tuple of int
@@ -87,6 +102,12 @@ class RunState:
         Digest of the model that `base` was regrown from.
     stopped : str or None
         Why the run is done before its last step.
+    memory : Memory or None
+        Statistics of all data so far; None if shifts are not looked for.
+    way : {"whole", "expert", "classes"}
+        How this step learns.
+    seen : Moments or None
+        Of this step's images, until they belong to `memory`.
     """
 
     step: int
@@ -98,6 +119,7 @@ class RunState:
     kd_weight: float
     next_free: FreeSet = field(default_factory=lambda: FreeSet({}))
     values: np.ndarray | None = None
+    shared: Shared | None = None
     tail: np.ndarray | None = None
     class_counts: tuple[int, ...] = ()
     source: str | None = None
@@ -111,6 +133,9 @@ class RunState:
     finished: tuple[StepOutcome, ...] = ()
     done: bool = False
     stopped: str | None = None
+    memory: Memory | None = None
+    way: Way = "whole"
+    seen: Moments | None = None
 
     @cached_property
     def base_digest(self) -> str:
@@ -132,6 +157,8 @@ class Outcome:
         weigh: importances per layer, one dict a kind.
     class_counts : tuple of int
         Training images by class, over the devices.
+    sums : float64 array or None
+        look: sum of the devices' packed statistics.
     """
 
     values: np.ndarray | None
@@ -141,17 +168,44 @@ class Outcome:
     both_right: int
     scores: tuple[Scores, ...] = ()
     class_counts: tuple[int, ...] = ()
+    sums: np.ndarray | None = None
 
 
-def start(plan: Plan, prior: State, free: FreeSet) -> RunState:
+def start(plan: Plan, prior: State, free: FreeSet, memory: Memory | None = None) -> RunState:
     """Return the state of a new run: at step 1, or at step 0 if the prior has yet to be freed."""
     config = plan.config
     if free.empty and config.freeing in ("always", "prior"):
-        return RunState(0, "weigh", prior, prior, free, config.share, config.kd_weight)
-    return _begin_step(plan, 1, prior, free, ())
+        return RunState(
+            0, "weigh", prior, prior, free, config.share, config.kd_weight, memory=memory
+        )
+    return _begin_step(plan, 1, prior, free, (), memory)
 
 
 def _begin_step(
+    plan: Plan,
+    step: int,
+    prior: State,
+    free: FreeSet,
+    finished: tuple[StepOutcome, ...],
+    memory: Memory | None,
+) -> RunState:
+    config = plan.config
+    if memory is not None:
+        return RunState(
+            step,
+            "look",
+            prior,
+            prior,
+            free,
+            config.share,
+            config.kd_weight,
+            finished=finished,
+            memory=memory,
+        )
+    return _begin_growing(plan, step, prior, free, finished)
+
+
+def _begin_growing(
     plan: Plan, step: int, prior: State, free: FreeSet, finished: tuple[StepOutcome, ...]
 ) -> RunState:
     config = plan.config
@@ -194,7 +248,9 @@ def _perturbed(plan: Plan, state: State, step: int) -> State:
 
 def layout_of(plan: Plan, state: RunState) -> Layout:
     """Return the layout of the packed values in the present phase."""
-    if state.phase in ("grow", "weigh"):
+    if state.way == "expert" and state.phase == "grow":
+        return _expert_layout(plan, state.free)
+    if state.phase in ("look", "grow", "weigh"):
         return scope_layout(plan.config.scope, plan.graph, state.free, state.base)
     return consolidation_layout(plan.graph, state.next_free, state.base)
 
@@ -221,9 +277,13 @@ def order_of(plan: Plan, state: RunState) -> Order:
     """Return what the devices are asked to do next."""
     config = plan.config
     growing = state.phase == "grow"
+    expert = growing and state.way == "expert"
     rounds = config.rounds if growing else config.consolidate_rounds
     peak = config.lr if growing else config.consolidate_lr
+    peak = config.expert_lr if expert else peak
     training = state.phase in ("grow", "consolidate")
+    consolidating = state.phase in ("consolidate", "judge")
+    looking = state.phase == "look" and state.memory is not None
     regrown = None
     if state.phase in ("grow", "weigh") and state.source is not None:
         regrown = Regrown(
@@ -236,6 +296,9 @@ def order_of(plan: Plan, state: RunState) -> Order:
     learnt = growing and config.freeing == "prior" and state.step > 1
     begin, end = anneal_span(plan, state)
     keep = None if training else state_digest(current_model(plan, state))
+    layout = layout_of(plan, state).digest
+    coded = training and config.codec_up != "fp32"
+    phase = (config.digest, state.step, state.phase, state.attempt, state.base_digest, layout)
     return Order(
         run=config.seed,
         step=state.step,
@@ -246,10 +309,10 @@ def order_of(plan: Plan, state: RunState) -> Order:
         graph=plan.graph.digest,
         base=state.base_digest,
         regrown=regrown,
-        free=as_channels(state.free if state.phase in ("grow", "weigh") else state.next_free),
+        free=as_channels(state.next_free if consolidating else state.free),
         kept={} if learnt else as_channels(state.free),
-        scope=config.scope,
-        layout=layout_of(plan, state).digest,
+        scope="expert" if expert else config.scope,
+        layout=layout,
         keep=keep,
         epochs=config.epochs if growing else config.consolidate_epochs,
         batch=config.batch,
@@ -265,12 +328,22 @@ def order_of(plan: Plan, state: RunState) -> Order:
             floor=config.kd_floor if config.adaptive else 1.0,
             ntd_weight=config.ntd_weight,
             calibration=config.label_calibration,
-            teacher=config.kd_teacher if growing else "prior",
+            # in another world the prior's opinion is worth nothing
+            teacher="none" if expert else config.kd_teacher if growing else "prior",
             mask_absent=config.mask_absent,
         ),
         class_counts=list(state.class_counts),
         anneal=(begin, end, config.anneal),
         heldout=config.heldout,
+        trunk=state_digest(state.prior) if expert else None,
+        expert_share=config.expert_share if expert else 0.0,
+        stem=_stem_text(state.memory) if looking and state.memory is not None else "",
+        by_class=looking and state.round > 0,
+        codec_up=config.codec_up,
+        codec_down=config.codec_down,
+        moved=None if state.shared is None else state.shared.moved.digest,
+        since=None if state.shared is None else state.shared.since,
+        feedback=digest_of(*phase) if coded else None,
     )
 
 
@@ -282,6 +355,7 @@ def crop_of(config: Config, spec: NetSpec) -> int:
 def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     """Return the state after a round."""
     steps = {
+        "look": _after_look,
         "grow": _after_grow,
         "weigh": _after_weigh,
         "consolidate": _after_consolidate,
@@ -297,6 +371,8 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     tail = _running_mean(state.tail, outcome.values, done - (config.rounds - averaged))
     if done == config.rounds:
         outcome, tail = replace(outcome, values=tail), None
+    if done == config.rounds and state.way == "expert":
+        return _after_expert(plan, state, outcome)
     if done == config.rounds and config.freeing in ("prior", "never"):
         return _after_last_grow(plan, state, outcome)
     more: Phase = "grow" if done < config.rounds else "weigh"
@@ -475,8 +551,10 @@ def _end_step(
         requested_share=plan.config.share,
         attempts=state.attempts,
         lambdas=state.lambdas,
+        way=state.way,
     )
     finished = (*state.finished, outcome)
+    memory = _after_training(state, refused=refusal is not None)
     last = state.step >= plan.config.steps
     if last or (free.empty and plan.config.scope == "rows"):
         stopped = None if last else _nothing_to_grow(plan)
@@ -488,8 +566,9 @@ def _end_step(
             finished=finished,
             done=True,
             stopped=stopped,
+            memory=memory,
         )
-    return _begin_step(plan, state.step + 1, model, free, finished)
+    return _begin_step(plan, state.step + 1, model, free, finished, memory)
 
 
 def _nothing_to_grow(plan: Plan) -> str:
@@ -508,11 +587,131 @@ def score_slices(graph: FilterGraph) -> Mapping[str, slice]:
     }
 
 
+def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """Decide by statistics how to learn from the step's images."""
+    memory = state.memory
+    assert memory is not None
+    assert outcome.sums is not None
+    present = [c for c, count in enumerate(outcome.class_counts) if count]
+    if state.round > 0:
+        size = feature_size(_trunk(plan, state), plan.graph.head, plan.spec.input_shape)
+        new = ClassSums.unpack(outcome.sums, plan.spec.classes, size)
+        assert memory.classes is not None
+        memory = replace(
+            memory,
+            classes=memory.classes + new,
+            closed=True,
+            known=tuple(sorted({*memory.known, *present})),
+        )
+        learnt = replace(state, memory=memory, way="classes")
+        return _end_step(plan, learnt, state.prior, state.free, math.nan, None)
+    seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
+    new_classes = set(present) - set(memory.known)
+    if memory.closed or (new_classes and memory.classes is not None):
+        return replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
+    world = _world(plan, memory, seen, state.step)
+    if world == 0 and memory.plain:
+        growing = _begin_growing(plan, state.step, state.prior, state.free, state.finished)
+        return replace(growing, memory=memory, seen=seen)
+    base = read_state(_trunk(plan, state))
+    if 0 < world <= len(memory.experts):
+        base |= memory.experts[world - 1]
+    return replace(
+        state,
+        phase="grow",
+        round=0,
+        base=base,
+        way="expert",
+        seen=seen,
+        class_counts=outcome.class_counts,
+        attempt=world,
+    )
+
+
+def _world(plan: Plan, memory: Memory, seen: Moments, step: int) -> int:
+    """Return the world that images belong to; one more than there are if it is another one."""
+    rng = numpy_rng("separation", plan.config.seed, step)
+    gaps = [separation(world, seen, rng) for world in memory.worlds]
+    nearest = int(np.argmin(gaps))
+    return nearest if gaps[nearest] < plan.config.world_gap else len(memory.worlds)
+
+
+def _prior(outcome: Outcome) -> float:
+    return outcome.prior_right / outcome.heldout
+
+
+def _after_expert(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """End a step with an expert, if it is better than what there was in its world.
+
+    The accuracy on held-out images is that of the model with which the last round began.
+    """
+    memory, number = state.memory, state.attempt
+    assert memory is not None
+    assert state.seen is not None
+    grown = replace(
+        state,
+        values=outcome.values,
+        heldout_prior=_prior(outcome),
+        heldout_grown=outcome.right / outcome.heldout,
+        attempt=0,
+    )
+    if _is_worse(outcome, plan.config.accept_drop):
+        refusal = "the expert is worse than the model before it on the devices' held-out images"
+        return _end_step(plan, grown, state.prior, state.free, grown.heldout_prior, refusal)
+    expert = changed_by(layout_of(plan, state), current_model(plan, grown))
+    experts, worlds = list(memory.experts), list(memory.worlds)
+    if 0 < number < len(worlds):
+        experts[number - 1], worlds[number] = expert, worlds[number] + state.seen
+    else:
+        experts.append(expert)
+        worlds.append(state.seen)
+    grown = replace(grown, memory=replace(memory, experts=tuple(experts), worlds=tuple(worlds)))
+    return _end_step(plan, grown, state.prior, state.free, grown.heldout_grown, None)
+
+
+def _after_training(state: RunState, *, refused: bool) -> Memory | None:
+    """Return the memory at the end of a step; training the whole net outdates class statistics."""
+    memory = state.memory
+    if memory is None or state.way != "whole" or refused or state.seen is None:
+        return memory
+    first = memory.worlds[0] + state.seen
+    known = {*memory.known, *(c for c, n in enumerate(state.class_counts) if n)}
+    return replace(
+        memory, worlds=(first, *memory.worlds[1:]), known=tuple(sorted(known)), classes=None
+    )
+
+
+def _trunk(plan: Plan, state: RunState) -> nn.Module:
+    return trunk_of(plan.net, plan.graph, state.prior, state.free)
+
+
+def _expert_layout(plan: Plan, free: FreeSet) -> Layout:
+    trunk = cut(plan.net, plan.graph, free)
+    return expert_layout(trunk, plan.graph.head, plan.config.expert_share)
+
+
+def _stem_text(memory: Memory) -> str:
+    return base64.b64encode(memory.stem.numpy().astype("<f4").tobytes()).decode()
+
+
+def statistics_size(plan: Plan, state: RunState) -> int:
+    """Return how many values a device's statistics have in this look."""
+    assert state.memory is not None
+    if state.round == 0:
+        return moments_size(len(state.memory.worlds[0].total))
+    size = feature_size(_trunk(plan, state), plan.graph.head, plan.spec.input_shape)
+    return sums_size(plan.spec.classes, size)
+
+
 def rounds_left(plan: Plan, state: RunState) -> int:
     """Return how many rounds are still to play if nothing is refused from here on."""
     config = plan.config
     if state.done:
         return 0
+    if state.way == "expert" or state.phase == "look":
+        # no more than a guess: what the next steps need is known once they have looked
+        growing = config.rounds - (state.round if state.phase == "grow" else 0)
+        return growing + (config.steps - state.step) * config.rounds
     of_step = {
         "grow": config.rounds,
         "weigh": 1,

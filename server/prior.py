@@ -29,6 +29,7 @@ from common.importance import (
 from common.layout import dense_layout
 from common.nets import build
 from common.order import NetSpec
+from common.rotation import Rotations
 from common.seeds import numpy_rng, torch_rng
 from common.sparsify import Freeing, free_filters
 from common.state import State, read_state, write_state
@@ -162,6 +163,13 @@ def free_prior(
     if config.choice == "random":
         scores = random_scores(graph, numpy_rng("choice", config.seed, 0))
     teacher = copy.deepcopy(net).eval()
+
+    def rotations(attempt: int) -> Rotations:
+        head = net.get_submodule(graph.head)
+        assert isinstance(head, nn.Linear)
+        rng = torch_rng("rotations", config.seed, attempt)
+        return Rotations(head, head.in_features, spec.classes, config.rotations, rng)
+
     freeing = free_filters(
         net,
         graph,
@@ -179,6 +187,7 @@ def free_prior(
         rng=lambda attempt: torch_rng("free", config.seed, attempt),
         tries=config.attempts,
         shrink=config.shrink,
+        rotations=rotations if config.rotations else None,
         accelerator=accelerator,
         on_epoch=lambda attempt, epoch, loss: tell(
             f"freeing (try {attempt + 1})", epoch, config.freeing_epochs, loss

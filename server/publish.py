@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 from torch import nn
 
 from common.data import ImageSet, split_holdout
-from common.filters import FreeSet, cut, parameter_count
-from common.state import State, state_digest, write_state
+from common.filters import FreeSet, parameter_count
+from common.memory import Memory, assembled
+from common.state import State, state_digest
 from common.store import write_bytes, write_state_file
 from server.export import check_parity, export_onnx
 from server.quantise import compare, quantise
@@ -36,7 +36,13 @@ class Published:
 
 
 def publish(
-    world: World, state: State, free: FreeSet, step: int, folder: Path, parent: str | None
+    world: World,
+    state: State,
+    free: FreeSet,
+    memory: Memory | None,
+    step: int,
+    folder: Path,
+    parent: str | None,
 ) -> Published:
     """Cut the free filters out of a copy, export it and check it.
 
@@ -46,10 +52,13 @@ def publish(
         Of the run.
     state, free
         The model after the step, its free filters off.
+    memory : Memory or None
+        What is added to the model: experts, or a classifier made of statistics.
     step : int
         0 is the prior.
     folder : Path
-        Written to: ``model.safetensors`` (all filters), ``free.json``, ``model.onnx`` (slim),
+        Written to: ``model.safetensors`` (all filters), ``free.json``, ``memory.safetensors``
+        (statistics and experts, where there are any), ``model.onnx`` (slim),
         and ``model.int8.onnx`` if there are images to calibrate with.
     parent : str or None
         Digest of the model of the step before.
@@ -61,9 +70,7 @@ def publish(
     """
     began = time.monotonic()
     plan, config = world.plan, world.config
-    net = copy.deepcopy(plan.net)
-    write_state(net, state)
-    slim = cut(net.eval(), plan.graph, free)
+    slim = assembled(plan.net, plan.graph, state, free, memory).eval()
     digest = state_digest(state)
     share = free.share(plan.graph)
     described = {
@@ -74,6 +81,8 @@ def publish(
     }
     write_state_file(folder / "model.safetensors", state, **described)
     write_bytes(folder / "free.json", (free.to_json() + "\n").encode())
+    if memory is not None:
+        write_state_file(folder / "memory.safetensors", memory.as_state())
     path = folder / "model.onnx"
     written = export_onnx(
         slim,
@@ -101,7 +110,7 @@ def publish(
     return Published(
         slim=slim,
         digest=digest,
-        params_full=parameter_count(net),
+        params_full=parameter_count(plan.net),
         params_slim=parameter_count(slim),
         onnx=onnx,
         seconds=time.monotonic() - began,

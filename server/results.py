@@ -16,7 +16,8 @@ from torch import nn
 
 from common import metrics
 from common.data import ImageSet, split_holdout
-from common.filters import parameter_count
+from common.filters import FreeSet, parameter_count
+from common.memory import Memory, assembled
 from common.sparsify import Attempt
 from common.state import State, write_state
 from common.train import Labelled, accuracy_of
@@ -75,9 +76,13 @@ class Results:
         self.records["test_accuracy"] = self._test_accuracy(self._net(prior.state))
         self.records["matrix"] = [self._row(self._net(prior.state))]
 
-    def grown(self, step: int, model: State) -> None:
-        """Note the model at the end of a step's growing."""
-        self._step(step)["grown_accuracy"] = self._test_accuracy(self._net(model))
+    def grown(
+        self, step: int, model: State, free: FreeSet | None = None, memory: Memory | None = None
+    ) -> None:
+        """Note the model at the end of a step's growing, with what `memory` adds to it."""
+        plan = self._world.plan
+        net = assembled(plan.net, plan.graph, model, free or FreeSet({}), memory)
+        self._step(step)["grown_accuracy"] = self._test_accuracy(net)
 
     def distilled(self, step: int, seconds: float) -> None:
         """Add what the server's distillation of a round took."""
@@ -111,15 +116,16 @@ class Results:
             prior_accuracy=self.records["test_accuracy"],
             slim_accuracy=accuracy,
             heldout={
-                "prior": outcome.prior,
-                "grown": outcome.grown,
-                "consolidated": None if outcome.refusal else outcome.consolidated,
+                "prior": _defined(outcome.prior),
+                "grown": _defined(outcome.grown),
+                "consolidated": None if outcome.refusal else _defined(outcome.consolidated),
             },
             accepted=outcome.refusal is None,
             refusal=outcome.refusal,
             freed_share=share,
             requested_share=outcome.requested_share,
-            freeing=None if outcome.refusal else _freeing(outcome),
+            way=outcome.way,
+            freeing=None if outcome.refusal or not outcome.attempts else _freeing(outcome),
             params_full=published.params_full,
             params_slim=published.params_slim,
             onnx=published.onnx,
@@ -127,7 +133,7 @@ class Results:
             **{"lambda": list(outcome.lambdas), "export_seconds": published.seconds},
         )
         self.records["test_accuracy"] = accuracy
-        self.records["matrix"].append(self._row(self._net(state.prior)))
+        self.records["matrix"].append(self._row(published.slim))
 
     def _freed_by_devices(self, outcome: StepOutcome, published: Published) -> None:
         """Note the first freeing of a model that was brought."""
@@ -146,6 +152,9 @@ class Results:
         name = f"step {outcome.step}" if outcome.step else "first freeing"
         if outcome.refusal:
             yield f"{name} refused: {outcome.refusal}"
+            return
+        if outcome.way != "whole":
+            yield f"{name}: {_WAYS[outcome.way]}"
             return
         for attempt in outcome.attempts:
             verdict = "accepted" if attempt.accepted else "refused, the set shrinks"
@@ -299,6 +308,10 @@ class Results:
         return _defined(accuracy_of(moved, data, self._world.accelerator))
 
 
+_WAYS = {
+    "expert": "images of another world: learnt by an expert of their own behind the gate",
+    "classes": "new classes: learnt by class statistics of the kept filters' features",
+}
 _VERSIONS = ("fallow", "torch", "flwr", "onnx", "onnxruntime", "numpy")
 
 

@@ -14,10 +14,11 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.errors import RoundError, UpdateError
-from common.layout import Layout, dense_layout
-from common.order import NEEDS_BASE, Order
-from common.update import check_values
+from common.order import NEEDS_BASE, NEEDS_VALUES
+from common.update import move
+from server.admission import Admission
 from server.aggregate import MaskedMean
+from server.downlink import Downlink
 from server.fleet import Fleet, zip_replies
 from server.plan import (
     Outcome,
@@ -30,6 +31,7 @@ from server.plan import (
     order_of,
     score_slices,
 )
+from server.shared import share
 from server.wire import Reply, order_message, read_reply
 
 
@@ -92,9 +94,19 @@ def play_rounds(
     """
     while not state.done:
         outcome, record = _valid_round(grid, plan, state, fleet, watcher, distiller)
-        before, state = state, advance(plan, state, outcome)
+        before, state = state, _shared(plan, state, advance(plan, state, outcome))
         after_round(before, state, record)
     return state
+
+
+def _shared(plan: Plan, before: RunState, after: RunState) -> RunState:
+    """Return the state with the values that the devices will decode."""
+    if plan.config.codec_down == "fp32" or after.values is None:
+        return after if after.shared is None else replace(after, shared=None)
+    layout = layout_of(plan, after)
+    base, codec = layout.pack(after.base), plan.config.codec_down
+    values, shared = share(after.values, base, before.shared, layout, codec)
+    return replace(after, values=values, shared=shared)
 
 
 _PAUSE_SECONDS = 2.0
@@ -111,16 +123,17 @@ def _valid_round(
     """Play one round, again if too few answer."""
     config = plan.config
     wanted = config.min_devices or config.devices
+    admission = Admission(plan, state, order_of(plan, state))
     down = up = 0  # what abandoned tries sent counts too
     for attempt in range(config.repeats):
         fleet.wait_for(wanted, config.node_timeout)
         began = time.monotonic()
-        replies, tally = _exchange(grid, plan, state, fleet, watcher)
+        replies, tally = _exchange(grid, plan, state, admission, fleet, watcher)
         down, up = down + tally.down, up + tally.up
         tally.down, tally.up = down, up
         needed = max(1, math.ceil(config.quorum * tally.asked - 1e-9))
         if len(replies) >= needed:
-            outcome, loss = _aggregate(plan, state, replies, distiller)
+            outcome, loss = _aggregate(plan, state, replies, admission, distiller)
             seconds = time.monotonic() - began
             return outcome, _record(plan, state, outcome, tally, len(replies), loss, seconds)
         watcher.message(
@@ -143,39 +156,36 @@ def _reasons(tally: Tally) -> str:
 
 
 def _exchange(
-    grid: Grid, plan: Plan, state: RunState, fleet: Fleet, watcher: Watcher
+    grid: Grid,
+    plan: Plan,
+    state: RunState,
+    admission: Admission,
+    fleet: Fleet,
+    watcher: Watcher,
 ) -> tuple[dict[str, Reply], Tally]:
     """Send this round's order and collect the valid replies, by device name."""
-    config = plan.config
-    order = order_of(plan, state)
-    layout = layout_of(plan, state)
-    scored = 2 * sum(layer.width for layer in plan.graph.layers)
+    config, order = plan.config, admission.order
+    downlink = Downlink(plan.graph, state, order, fleet)
     share = config.sample if order.phase in ("grow", "consolidate") else 1.0
     asked = fleet.sample(share, config.seed, order.step, order.phase, order.attempt, order.round)
     names = {node: name for name, node in asked.items()}
     tally = Tally(len(asked))
-    whole = dense_layout(plan.graph, state.base).pack(state.base)
-    given: set[int] = set()
+    resent: set[int] = set()
 
-    def message(node: int, with_base: bool) -> Message:
-        arrays = {} if state.values is None else {"values": state.values}
-        if with_base:
-            arrays["base"] = whole
-            given.add(node)
+    def message(node: int, arrays: dict[str, np.ndarray]) -> Message:
         made, size = order_message(node, order, arrays)
         tally.down += size
         return made
 
     def resend(node: int, reply: Message) -> Message | None:
-        if node in given or reply.has_error() or not _needs_base(reply):
+        what = None if node in resent or reply.has_error() else _lacking(reply)
+        if what is None:
             return None
-        fleet.forget(names[node], order.base)
-        return message(node, with_base=True)
+        resent.add(node)
+        tally.up += read_reply(reply).size
+        return message(node, downlink.missing(names[node], what))
 
-    first = [
-        message(node, with_base=not _can_make_base(fleet, name, order))
-        for name, node in asked.items()
-    ]
+    first = [message(node, downlink.arrays(name)) for name, node in asked.items()]
     replies: dict[str, Reply] = {}
     done = 0
     for node, raw in zip_replies(grid, first, config.round_timeout, resend):
@@ -186,76 +196,32 @@ def _exchange(
             tally.up += reply.size
             if reply.report.declined is not None:
                 raise UpdateError(reply.report.declined)
-            size = {"weigh": scored, "judge": 0}.get(order.phase, layout.size)
-            _admit(reply, order, size, names[node])
-            if order.phase in ("grow", "consolidate"):
-                _check_variances(reply, layout)
+            admission.admit(reply, names[node])
         except UpdateError as error:
             tally.declined[str(error)] += 1
             continue
         replies[names[node]] = reply
-        fleet.note(names[node], order.base, order.keep)
+        downlink.note(names[node])
     if done < len(asked):
         tally.declined["no answer in time"] += len(asked) - done
     return dict(sorted(replies.items())), tally
 
 
-def _needs_base(message: Message) -> bool:
+def _lacking(message: Message) -> str | None:
+    """Return what a device says it lacks."""
     try:
-        return read_reply(message).report.declined == NEEDS_BASE
+        declined = read_reply(message).report.declined
     except UpdateError:
-        return False
-
-
-def _can_make_base(fleet: Fleet, device: str, order: Order) -> bool:
-    source = order.regrown.source if order.regrown is not None else order.base
-    return fleet.holds(device, order.base) or fleet.holds(device, source)
-
-
-def _admit(reply: Reply, order: Order, size: int, device: str) -> None:
-    """Refuse a reply that answers another order or whose update is not sound."""
-    report = reply.report
-    for name in ("run", "step", "phase", "attempt", "round", "base", "free_digest", "layout"):
-        if getattr(report, name) != getattr(order, name):
-            raise UpdateError(
-                f"{name} is {getattr(report, name)}, asked was {getattr(order, name)}"
-            )
-    if report.device != device:
-        raise UpdateError(f"device '{report.device}' answered for '{device}'")
-    # One answer with these would end the run or decide it.
-    counts = (
-        report.both_right,
-        min(report.right, report.prior_right),
-        max(report.right, report.prior_right),
-        report.heldout,
-    )
-    if list(counts) != sorted(counts):
-        raise UpdateError(
-            f"right {report.right}, prior_right {report.prior_right} and both_right "
-            f"{report.both_right} do not fit {report.heldout} held-out images"
-        )
-    if not (1 <= report.images <= 2**53 and math.isfinite(report.loss)):
-        raise UpdateError(f"images {report.images} with loss {report.loss} are no counts to use")
-    if (len(report.class_counts), sum(report.class_counts)) != (order.net.classes, report.images):
-        raise UpdateError(
-            f"class_counts {str(report.class_counts)[:80]} are not {report.images} images of "
-            f"{order.net.classes} classes"
-        )
-    if size and reply.update is None:
-        raise UpdateError("no update in the reply")
-    if reply.update is not None:
-        check_values(reply.update, size, "the update")
-
-
-def _check_variances(reply: Reply, layout: Layout) -> None:
-    assert reply.update is not None
-    least = float(reply.update[layout.statistics[1]].min(initial=0.0))
-    if least < 0:
-        raise UpdateError(f"the update has a BN variance of {least}")
+        return None
+    return declined if declined in (NEEDS_BASE, NEEDS_VALUES) else None
 
 
 def _aggregate(
-    plan: Plan, state: RunState, replies: dict[str, Reply], distiller: Distiller | None
+    plan: Plan,
+    state: RunState,
+    replies: dict[str, Reply],
+    admission: Admission,
+    distiller: Distiller | None,
 ) -> tuple[Outcome, float]:
     """Return what the replies come to, and the mean training loss."""
     reports = [reply.report for reply in replies.values()]
@@ -276,33 +242,42 @@ def _aggregate(
             sum(counts) for counts in zip(*(r.class_counts for r in reports), strict=True)
         ),
     )
+    if state.phase == "look":
+        sums = sum(admission.decoded(reply).astype(np.float64) for reply in replies.values())
+        return replace(outcome, sums=np.asarray(sums)), math.nan
     if state.phase == "weigh":
-        return replace(outcome, scores=_scores(plan, replies)), math.nan
+        return replace(outcome, scores=_scores(plan, replies, admission)), math.nan
     if state.phase == "judge":
         return replace(outcome, values=state.values), math.nan
-    mean = MaskedMean(layout_of(plan, state))
-    updates = []
+    layout = layout_of(plan, state)
+    mean = MaskedMean(layout)
     for reply in replies.values():
-        assert reply.update is not None
-        mean.add(reply.update, reply.report.images)
-        updates.append(reply.update)
+        mean.add(admission.decoded(reply), reply.report.images)
     values = mean.result()
     if distiller is not None and state.phase == "grow":
+        updates = [admission.decoded(reply) for reply in replies.values()]
         values = distiller(plan, state, values, updates)
+    if state.shared is not None:
+        values = move(values, state.shared.residue, layout)
     loss = sum(report.loss * report.images for report in reports) / images
     return replace(outcome, values=values), loss
 
 
-def _scores(plan: Plan, replies: dict[str, Reply]) -> tuple[Scores, ...]:
+def _scores(plan: Plan, replies: dict[str, Reply], admission: Admission) -> tuple[Scores, ...]:
     """Return the devices' mean sensitivities and Taylor scores, by layer."""
     total = np.zeros(2 * sum(layer.width for layer in plan.graph.layers))
     for reply in replies.values():
-        assert reply.update is not None
-        total += reply.report.images * reply.update.astype(np.float64)
+        total += reply.report.images * admission.decoded(reply).astype(np.float64)
     slices = score_slices(plan.graph)
     return tuple(
         {name: part[where] for name, where in slices.items()} for part in np.split(total, 2)
     )
+
+
+def _scope(plan: Plan, state: RunState) -> str:
+    if state.phase != "grow":
+        return "all"
+    return "expert" if state.way == "expert" else plan.config.scope
 
 
 def _record(
@@ -332,6 +307,6 @@ def _record(
         "bytes_up": tally.up,
         "bytes_down": tally.down,
         "seconds": seconds,
-        "scope": plan.config.scope if state.phase == "grow" else "all",
+        "scope": _scope(plan, state),
         "scale": scale if consolidating else None,
     }

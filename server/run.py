@@ -32,6 +32,7 @@ from server.plan import RunState, current_model, rounds_left, start
 from server.prior import Prior, bring_prior, train_prior
 from server.progress import Progress
 from server.publish import publish
+from server.remember import remember
 from server.report import write_report, write_summary
 from server.results import Results
 from server.rounds import play_rounds
@@ -174,7 +175,9 @@ class _Conductor:
     def _first_state(self) -> RunState:
         began = time.monotonic()
         prior = self._make_prior()
-        state = start(self._world.plan, prior.state, prior.free)
+        images = None if prior.source == "brought" else self._world.scenario.prior
+        memory = remember(self._world.plan, prior.state, prior.free, images)
+        state = start(self._world.plan, prior.state, prior.free, memory)
         self._results.prior_made(prior, time.monotonic() - began)
         if state.step > 0:
             self._publish(0, state)
@@ -249,8 +252,8 @@ class _Conductor:
             grown = current_model(self._world.plan, before)
             self._results.grown(before.step, grown)
         if len(after.finished) > len(before.finished):
-            if before.phase == "grow":  # nothing is freed after a step
-                self._results.grown(before.step, after.prior)
+            if before.phase in ("grow", "look"):  # nothing is freed after the step
+                self._results.grown(before.step, after.prior, after.free, after.memory)
             outcome = after.finished[-1]
             for text in self._results.verdicts(outcome):
                 self._progress.message(text)
@@ -262,6 +265,7 @@ class _Conductor:
             self._world,
             state.prior,
             state.free,
+            state.memory,
             step,
             self._folder.model(step),
             parent=self._results.parent(step),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def simulate_inline(
     """Run on worker processes of ours; see `server.run.conduct`."""
     torch.set_num_threads(1)
     with (
-        tempfile.TemporaryDirectory(prefix="fallow-") as cache,
+        _disks(out) as cache,
         InlineGrid(config.flat(), config.devices, config.workers, cache) as grid,
     ):
         return conduct(
@@ -63,7 +65,7 @@ def simulate_flower(
             )
         )
 
-    with tempfile.TemporaryDirectory(prefix="fallow-") as cache:
+    with _disks(out) as cache:
         cores = config.workers or len(os.sched_getaffinity(0))
         run_simulation(
             server,
@@ -75,3 +77,15 @@ def simulate_flower(
             },
         )
     return result
+
+
+@contextmanager
+def _disks(out: Path) -> Iterator[str]:
+    """Yield a folder for what the devices keep.
+
+    As a real device's disk it outlasts a run that is killed: to give the same bytes, a resumed
+    run needs what the devices still owe (see `client.feedback`).
+    """
+    folder = out.resolve() / "devices"
+    yield str(folder)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -10,11 +10,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.errors import UpdateError
 from common.order import Order, Report, read_report
+from common.update import read_array
 
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A device's answer: its report, its update if any, and what it weighed on the wire."""
+    """A device's answer: its report, its update if any as it came, and its size in bytes."""
 
     report: Report
     update: np.ndarray | None
@@ -52,19 +53,8 @@ def read_reply(message: Message) -> Reply:
     except KeyError:
         raise UpdateError("reply has no report") from None
     record: Any = message.content.array_records.get("arrays", {})
-    update = _values(record["update"]) if "update" in record else None
+    update = read_array(record["update"].data, "the update") if "update" in record else None
     return Reply(read_report(text), update, _size(message.content))
-
-
-def _values(array: Array) -> np.ndarray:
-    try:
-        values = array.numpy()
-    except Exception as error:  # bytes from a device may make NumPy raise anything
-        reason = " ".join(str(error).split())
-        raise UpdateError(f"the update is no NumPy array: {reason}") from None
-    if not isinstance(values, np.ndarray):  # NumPy opens archives too
-        raise UpdateError(f"the update is a {type(values).__name__}, no NumPy array")
-    return values
 
 
 def _size(content: RecordDict) -> int:

@@ -19,15 +19,17 @@ from common.data.partition import (
     natural,
     partition,
 )
-from common.data.stream import Stream, by_class, by_share
+from common.data.stream import Stream, by_class, by_share, by_world
 
 if TYPE_CHECKING:
     from common.data.augment import Augment
+    from common.data.joined import Worlds
     from common.data.normalise import Normalisation
     from common.data.readers import has_split, open_source
 
 _LATE = {
     "Augment": "augment",
+    "Worlds": "joined",
     "Normalisation": "normalise",
     "has_split": "readers",
     "open_source": "readers",
@@ -51,8 +53,10 @@ __all__ = [
     "Source",
     "Stream",
     "TextArray",
+    "Worlds",
     "by_class",
     "by_share",
+    "by_world",
     "classes_per_device",
     "dirichlet",
     "has_split",

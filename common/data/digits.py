@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from common.data.arrays import ArraySource
-from common.data.dataset import IntArray, Source
+from common.data.dataset import Source
+from common.data.holdout import aside_mask
 from common.data.location import TEST, TRAIN, Location
 from common.data.options import ReadOptions
 
 NAME = "digits"
 
 _TEST_SHARE = 0.2
-_SPLIT_SEED = 0
 
 
 def locate() -> Location:
@@ -29,16 +29,7 @@ def _open(split: str, options: ReadOptions) -> Source:
     bunch = load_digits()
     labels = np.asarray(bunch.target, dtype=np.int64)
     images = np.rint(np.asarray(bunch.images) * (255 / 16)).astype(np.uint8)
-    in_test = _in_test(labels)
+    in_test = aside_mask(labels, _TEST_SHARE)
     rows = np.flatnonzero(in_test if split == TEST else ~in_test)
     names = tuple(str(i) for i in range(10))
     return ArraySource(f"{NAME} ({split})", images[rows], labels[rows], names, options)
-
-
-def _in_test(labels: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    rng = np.random.default_rng(_SPLIT_SEED)
-    chosen = np.zeros(len(labels), dtype=np.bool_)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        chosen[rows[: round(_TEST_SHARE * len(rows))]] = True
-    return chosen

@@ -7,8 +7,10 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data.dataset import ImageSet
+from common.data.dataset import ImageSet, IntArray
 from common.errors import ConfigError
+
+_SPLIT_SEED = 0
 
 
 def holdout_mask(images: ImageSet, share: float, salt: str = "") -> NDArray[np.bool_]:
@@ -50,3 +52,17 @@ def split_holdout(images: ImageSet, share: float, salt: str = "") -> tuple[Image
     """Return (train, held out); either may be empty for few images (see `holdout_mask`)."""
     mask = holdout_mask(images, share, salt)
     return images.select(~mask), images.select(mask)
+
+
+def aside_mask(labels: IntArray, share: float) -> NDArray[np.bool_]:
+    """Return which images are set aside for testing, as bool [N]: `share` of every class.
+
+    For data that comes without a test split. The same labels give the same images, whatever the
+    seed of the run.
+    """
+    rng = np.random.default_rng(_SPLIT_SEED)
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        chosen[rows[: round(share * len(rows))]] = True
+    return chosen

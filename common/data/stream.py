@@ -101,6 +101,45 @@ def by_class(
     )
 
 
+def by_world(
+    labels: IntArray,
+    edges: Sequence[int],
+    parts: int,
+    rng: np.random.Generator,
+    prior_size: int | None = None,
+    part_size: int | None = None,
+) -> Stream:
+    """Make a part of every world: the prior's is the first (domain-incremental).
+
+    Parameters
+    ----------
+    labels : int64 array [N]
+        Of all worlds, one after the other.
+    edges : sequence of int
+        World w has the rows from ``edges[w]`` to ``edges[w + 1]``.
+    parts : int
+    rng : numpy Generator
+    prior_size, part_size : int, optional
+        At most so many images of a world, with the balance of its classes; by default all.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer worlds than the prior and the parts.
+    """
+    if parts > len(edges) - 2:
+        raise ConfigError(
+            f"{parts} steps, but data names {len(edges) - 1} worlds, the prior's among them: give "
+            "a world more than there are steps"
+        )
+    worlds = []
+    for world in range(parts + 1):
+        first, end = edges[world], edges[world + 1]
+        order = first + balanced_order(labels[first:end], rng)
+        worlds.append(np.sort(order[: part_size if world else prior_size]))
+    return Stream(worlds[0], tuple(worlds[1:]))
+
+
 def balanced_order(labels: IntArray, rng: np.random.Generator) -> IntArray:
     """Order all images so that every stretch has about the class balance of the whole.
 

@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,20 +18,23 @@ import torch
 
 from common import metrics
 from common.config import NOT_THE_RESULT, Config
-from common.data import ImageSet
+from common.data import ImageSet, digits
+from common.data.places import label_of, places_of
 from common.errors import ConfigError
-from common.filters import FreeSet, cut, parameter_count
-from common.state import State, state_digest, write_state
+from common.filters import FreeSet, parameter_count
+from common.memory import Memory, assembled
+from common.state import State, state_digest
 from common.store import read_json, write_json
-from server.bench.exam import Exam, exam_of
+from server.bench.exam import Exam, Marks, exam_of
 from server.bench.here import HereGrid
 from server.bench.methods import method_of
 from server.bench.priors import freed_prior, trained_prior
 from server.bench.protocols import settings_of
 from server.fleet import Fleet
-from server.plan import Plan, RunState, StepOutcome, start
+from server.plan import Plan, RunState, StepOutcome, current_model, start
 from server.prior import fit_prior
 from server.progress import NullProgress
+from server.remember import remember
 from server.rounds import play_rounds
 from server.world import World, open_world
 
@@ -50,6 +53,10 @@ class Cell:
         See `server.bench.methods.method_of`.
     settings : mapping
         Common to all methods, in snake case.
+    budget : str
+        ``rounds``, or what decides on their number (see `server.bench.budget`).
+    rounds : int or None
+        The number that was decided on.
     """
 
     protocol: str
@@ -57,22 +64,28 @@ class Cell:
     method: str
     seed: int
     settings: Mapping[str, Any]
+    budget: str = "rounds"
+    rounds: int | None = None
 
     @cached_property
     def base(self) -> Config:
         """Settings of the default method."""
-        stream = settings_of(self.protocol, self.parts)
+        worlds = len(places_of(str(self.settings.get("data", digits.NAME))))
+        stream = settings_of(self.protocol, self.parts, worlds)
         return Config.parse({**stream, **self.settings, "seed": self.seed})
 
     @cached_property
     def config(self) -> Config:
         """Settings of the method."""
-        return Config.parse({**self.base.model_dump(), **method_of(self.method).settings})
+        own = method_of(self.method).settings
+        rounds = {} if self.rounds is None else {"rounds": self.rounds}
+        return Config.parse({**self.base.model_dump(), **own, **rounds})
 
     @property
     def name(self) -> str:
         """For people and for the cell's file."""
-        return f"{self.protocol}-{self.parts} {self.method} seed {self.seed}"
+        budget = "" if self.budget == "rounds" else f" {self.budget}"
+        return f"{self.protocol}-{self.parts} {self.method} seed {self.seed}{budget}"
 
     def path(self, out: Path) -> Path:
         """Return the file that a finished cell is kept in."""
@@ -91,6 +104,8 @@ def finished(cell: Cell, out: Path) -> Record | None:
     if not path.exists():
         return None
     record = read_json(path)
+    if cell.budget != "rounds":
+        cell = replace(cell, rounds=record["budget"]["rounds"])
     # A setting that is newer than the record had its default then.
     was = {**Config().flat(), **record["settings"]}
     now = _settings(cell.config)
@@ -124,7 +139,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     record = finished(cell, out)
     if record is None:
         torch.set_num_threads(1)
-        record = _run(cell, out)
+        record = run_afresh(cell, out)
         write_json(cell.path(out), record)
         record = read_json(cell.path(out))
     return record
@@ -140,9 +155,14 @@ class Played:
     rounds: list[Record] = field(default_factory=list)
     outcomes: list[StepOutcome] = field(default_factory=list)
     cpu_seconds: float = 0.0
+    memory: int = 0
+    added: Memory | None = None
+    unslimmed: Marks | None = None
+    """Marks of the last step's grown model, before its filters were freed."""
 
 
-def _run(cell: Cell, out: Path) -> Record:
+def run_afresh(cell: Cell, out: Path) -> Record:
+    """Run a cell and return its record, which is not written anywhere."""
     began = time.monotonic()
     exam = exam_of(cell.base)
     world = open_world(cell.config)
@@ -158,7 +178,7 @@ def _run(cell: Cell, out: Path) -> Record:
         played.rows = [*blank, exam.mark(world.plan, played.model).parts]
     else:
         played = play(world, exam, *first_model(cell, world, out))
-    last = exam.mark(world.plan, played.model)
+    last = exam.mark(world.plan, played.model, played.free, played.added)
     rows = [first.parts, *played.rows]
     matrix = np.array(rows)
     return {
@@ -176,7 +196,9 @@ def _run(cell: Cell, out: Path) -> Record:
         "bytes_up": sum(r["bytes_up"] for r in played.rounds),
         "bytes_down": sum(r["bytes_down"] for r in played.rounds),
         "device_cpu_seconds": played.cpu_seconds,
-        **_size(world.plan, played.model, played.free),
+        "memory": played.memory,
+        "unslimmed": None if played.unslimmed is None else played.unslimmed.parts,
+        **_size(world.plan, played),
         "steps": [_step(outcome, world.plan) for outcome in played.outcomes],
         "rounds": [{k: r[k] for k in _OF_A_ROUND} for r in played.rounds],
         "prior_digest": state_digest(prior),
@@ -201,6 +223,7 @@ _OF_A_ROUND = (
     "lambda",
     "bytes_up",
     "bytes_down",
+    "device_cpu_seconds",
 )
 
 
@@ -218,24 +241,32 @@ def play(world: World, exam: Exam, prior: State, free: FreeSet) -> Played:
     played = Played(prior, free)
 
     def after_round(before: RunState, after: RunState, record: Record) -> None:
-        played.rounds.append(record)
+        spent = grid.cpu_seconds - sum(r["device_cpu_seconds"] for r in played.rounds)
+        played.rounds.append({**record, "device_cpu_seconds": spent})
+        if before.phase == "weigh" and before.step == config.steps:
+            played.unslimmed = exam.mark(plan, current_model(plan, before))
         if len(after.finished) > len(before.finished):
             outcome = after.finished[-1]
             played.outcomes.append(outcome)
+            if outcome.refusal is not None:
+                played.unslimmed = None
             if outcome.step > 0:
-                played.rows.append(exam.mark(plan, after.prior).parts)
+                played.rows.append(_marks(exam, plan, after).parts)
 
     with (
         tempfile.TemporaryDirectory(prefix="fallow-") as cache,
         HereGrid(config.flat(), config.devices, cache) as grid,
     ):
         watcher = NullProgress()
-        done = play_rounds(grid, plan, start(plan, prior, free), Fleet(grid), watcher, after_round)
+        memory = remember(plan, prior, free, world.scenario.prior)
+        first = start(plan, prior, free, memory)
+        done = play_rounds(grid, plan, first, Fleet(grid), watcher, after_round)
         played.cpu_seconds = grid.cpu_seconds
-    played.model, played.free = done.prior, done.free
+        played.memory = grid.memory.peak
+    played.model, played.free, played.added = done.prior, done.free, done.memory
     # A run that stops early leaves its last model to the steps that it did not play.
     missing = config.steps - len(played.rows)
-    played.rows += [exam.mark(plan, done.prior).parts for _ in range(missing)]
+    played.rows += [_marks(exam, plan, done).parts for _ in range(missing)]
     return played
 
 
@@ -254,12 +285,16 @@ def _train_centrally(world: World) -> State:
     )
 
 
-def _size(plan: Plan, model: State, free: FreeSet) -> Record:
-    write_state(plan.net, model)
+def _marks(exam: Exam, plan: Plan, state: RunState) -> Marks:
+    return exam.mark(plan, state.prior, state.free, state.memory)
+
+
+def _size(plan: Plan, played: Played) -> Record:
+    slim = assembled(plan.net, plan.graph, played.model, played.free, played.added)
     return {
         "params_full": parameter_count(plan.net),
-        "params_slim": parameter_count(cut(plan.net, plan.graph, free)),
-        "freed_share": free.share(plan.graph),
+        "params_slim": parameter_count(slim),
+        "freed_share": played.free.share(plan.graph),
     }
 
 
@@ -276,8 +311,8 @@ def _step(outcome: StepOutcome, plan: Plan) -> Record:
 
 
 def _settings(config: Config) -> Record:
-    """Return all settings; of the data only its name, not where it lies on this machine."""
-    return {**config.flat(), "data": Path(config.data).name}
+    """Return all settings; of the data only the names, not where it lies on this machine."""
+    return {**config.flat(), "data": label_of(config.data)}
 
 
 def _defined(value: float) -> float | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import nn
 
 from common.config import Config
 from common.data import ImageSet, Normalisation
+from common.filters import FreeSet
+from common.memory import Memory, assembled
 from common.scenario import Scenario
-from common.state import State, state_digest, write_state
+from common.state import State, state_digest
 from common.train import Labelled, predict
 from server.bench.protocols import test_sets
 from server.plan import Plan
@@ -34,6 +36,9 @@ class Marks:
     worst_device: float
 
 
+_NOTHING = FreeSet({})
+
+
 @dataclass(frozen=True, eq=False)
 class Exam:
     """Test images by part, and each device's share of every class in the last step.
@@ -47,16 +52,30 @@ class Exam:
     shares: np.ndarray  # [devices, classes]
     _known: dict[str, Marks] = field(default_factory=dict)
 
-    def mark(self, plan: Plan, model: State) -> Marks:
-        """Return what `model` achieves; a model that was seen before costs nothing."""
+    def mark(
+        self, plan: Plan, model: State, free: FreeSet = _NOTHING, memory: Memory | None = None
+    ) -> Marks:
+        """Return what `model` achieves; a model that was seen before costs nothing.
+
+        Parameters
+        ----------
+        plan, model
+            Of the method.
+        free : FreeSet
+            Filters of the model that are off: cut out, they cost no time.
+        memory : Memory, optional
+            What is added to the model.
+        """
         digest = state_digest(model)
+        if memory is not None and not memory.plain:
+            digest += state_digest(memory.as_state())
         if digest not in self._known:
-            self._known[digest] = self._mark(plan, model)
+            self._known[digest] = self._mark(
+                plan, assembled(plan.net, plan.graph, model, free, memory)
+            )
         return self._known[digest]
 
-    def _mark(self, plan: Plan, model: State) -> Marks:
-        net = copy.deepcopy(plan.net)
-        write_state(net, model)
+    def _mark(self, plan: Plan, net: nn.Module) -> Marks:
         normalisation = Normalisation(plan.spec.mean, plan.spec.std)
         parts = []
         for images in self.tests.values():
@@ -70,6 +89,7 @@ class Exam:
         count = np.bincount(labels, minlength=classes)
         hits = np.bincount(labels, weights=right, minlength=classes)
         shares = np.where(count > 0, self.shares, 0.0)
+        shares = shares[shares.sum(1) > 0]  # a device may have untested classes alone
         devices = shares @ (hits / np.maximum(count, 1)) / shares.sum(1)
         return float(devices.min())
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from server.bench.memory import SavedBytes
 from server.inline import InlineGrid, _identify
 
 
@@ -23,11 +25,14 @@ class HereGrid(InlineGrid):
     ----------
     cpu_seconds : float
         That the devices took so far.
+    memory : SavedBytes
+        Of the first device's training steps.
     """
 
     def __init__(self, settings: dict[str, Any], devices: int, cache: str) -> None:
         super().__init__(settings, devices, 1, cache)
         self.cpu_seconds = 0.0
+        self.memory = SavedBytes()
 
     def __enter__(self) -> HereGrid:
         _identify()
@@ -53,7 +58,10 @@ class _Here(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
+        _, node, _ = args
+        measured = self._grid.memory if node["partition-id"] == 0 else nullcontext()
         began = time.process_time()
-        future.set_result(fn(*args, **kwargs))
+        with measured:
+            future.set_result(fn(*args, **kwargs))
         self._grid.cpu_seconds += time.process_time() - began
         return future

@@ -37,6 +37,9 @@ class Method:
 WHOLE: Settings = {
     "scope": "all",
     "freeing": "never",
+    "shift": "never",
+    "codec_up": "fp32",
+    "codec_down": "fp32",
     "kd_teacher": "none",
     "label_calibration": 0.0,
 }

@@ -28,6 +28,7 @@ _TRAINING = {
 _FREEING = {
     "freeing_epochs",
     "freeing_lr",
+    "rotations",
     "share",
     "cap",
     "max_drop",

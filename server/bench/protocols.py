@@ -1,9 +1,11 @@
 """The streams that methods are compared on, and what each model is tested on.
 
-A protocol of N parts is a prior and N - 1 steps:
+A protocol of N parts is a prior and N - 1 steps of new data:
 
 - ``instance``: every part has all classes; one test set.
-- ``domain``: every new part comes from another world (`common.data.worlds`); a test set a world.
+- ``domain``: every new part comes from another world; a test set a world. The worlds are those
+  that the setting `data` names; if it names one, the others are made of it by the built-in
+  transformations of `common.data.worlds`.
 - ``class``: every part has classes of its own, one classifier for all; a test set a part.
 """
 
@@ -24,8 +26,13 @@ WORLDS = ("dark", "invert", "rotate", "invert+rotate")
 """Of the parts of ``domain``, in order; the setting `worlds` names others."""
 
 
-def settings_of(protocol: str, parts: int) -> dict[str, Any]:
+def settings_of(protocol: str, parts: int, worlds: int = 1) -> dict[str, Any]:
     """Return the settings that make a stream of `parts` parts, the prior's among them.
+
+    Parameters
+    ----------
+    worlds : int
+        That the setting `data` names.
 
     Raises
     ------
@@ -36,14 +43,23 @@ def settings_of(protocol: str, parts: int) -> dict[str, Any]:
         raise ConfigError(f"protocol is '{protocol}': use {', '.join(PROTOCOLS)}")
     if parts < 2:
         raise ConfigError(f"parts is {parts}: give at least 2, the prior's and one of new data")
+    if worlds > 1 and protocol != "domain":
+        raise ConfigError(
+            f"data names {worlds} worlds and protocol is '{protocol}': several worlds are a "
+            "'domain' stream; join locations of one world with '+'"
+        )
     if protocol == "instance":
         return {"steps": parts - 1}
     if protocol == "class":
         # Not mask_absent: no device has old and new classes together, so that with it nothing
         # ever tells the net that a new image is not of an old class, whatever the method.
         return {"steps": parts - 1, "stream": "class"}
-    if parts > len(WORLDS) + 1:
-        raise ConfigError(f"parts is {parts}: protocol 'domain' has at most {len(WORLDS) + 1}")
+    most = worlds if worlds > 1 else len(WORLDS) + 1
+    if parts > most:
+        why = f"with {worlds} worlds in data" if worlds > 1 else "from one data"
+        raise ConfigError(f"parts is {parts}: protocol 'domain' has at most {most} {why}")
+    if worlds > 1:
+        return {"steps": parts - 1}
     return {"steps": parts - 1, "worlds": ",".join(WORLDS[: parts - 1])}
 
 
@@ -55,9 +71,14 @@ def test_sets(config: Config, scenario: Scenario) -> dict[str, ImageSet]:
     DataError
         If the data has no test split.
     """
-    test = scenario.test()
-    if test is None:
-        raise DataError(f"{config.data} has no test split: a benchmark needs one, add it")
+    tests = scenario.tests()
+    for name, images in tests.items():
+        if images is None:
+            raise DataError(f"{name} has no test split: a benchmark needs one, name it with --test")
+    known = {name: images for name, images in tests.items() if images is not None}
+    if len(scenario.worlds) > 1:
+        return known
+    (test,) = known.values()
     if config.stream == "class":
         parts = [scenario.prior, *(scenario.part(step + 1) for step in range(config.steps))]
         return {

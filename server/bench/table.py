@@ -1,19 +1,18 @@
-"""Cells as a table: means and standard deviations over the seeds."""
+"""Cells as rows of a table: means and standard deviations over the seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from common import metrics
 
 Record = dict[str, Any]
+Stream = tuple[str, int]
 _REFERENCE, _UPPER_BOUND = "fedavg", "joint"
 
 
@@ -47,31 +46,84 @@ class Stat:
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a stream: a `Stat` by column."""
+    """A method on a stream.
+
+    Attributes
+    ----------
+    budget : str
+        What is equal for all methods of its table (see `server.bench.budget`).
+    stats : dict of Stat
+        By name of the column.
+    parts_tested : tuple of str
+        Worlds or parts with test images of their own.
+    matrix : tuple of tuples of Stat
+        Accuracy after each step, the prior's first, on each of them; in [0, 1].
+    """
 
     protocol: str
     parts: int
     method: str
     seeds: tuple[int, ...]
+    budget: str
     stats: dict[str, Stat]
-    final: dict[str, Stat]
-    """Accuracy of the last model by world or part."""
+    parts_tested: tuple[str, ...]
+    matrix: tuple[tuple[Stat, ...], ...]
+
+    @property
+    def final(self) -> dict[str, Stat]:
+        """Accuracy of the last model by world or part."""
+        return dict(zip(self.parts_tested, self.matrix[-1], strict=True))
 
 
-# name of the column -> what it reads from a cell, factor, digits. Accuracies and their
-# differences are in points; "gap %" is the way from the prior to joint training that is closed,
-# "worst" the worst device's accuracy, "time x" the devices' CPU time as a ratio to FedAvg's.
-_COLUMNS: dict[str, tuple[Callable[[Record, _Peers], float | None], float, int]] = {
-    "ACC": (lambda cell, _: cell["acc"], 100, 1),
-    "forget": (lambda cell, _: cell["forgetting"], 100, 1),
-    "BWT": (lambda cell, _: cell["bwt"], 100, 1),
-    "gap %": (lambda cell, peers: peers.gap_closed(cell), 100, 0),
-    "worst": (lambda cell, _: cell["worst_device"], 100, 1),
-    "up MB": (lambda cell, _: cell["bytes_up"], 1e-6, 2),
-    "down MB": (lambda cell, _: cell["bytes_down"], 1e-6, 2),
-    "time x": (lambda cell, peers: peers.time_ratio(cell), 1, 2),
-    "slim %": (lambda cell, _: cell["params_slim"] / cell["params_full"], 100, 0),
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: what it reads from a cell, and how it is shown."""
+
+    read: Callable[[Record, _Peers], float | None]
+    factor: float
+    digits: int
+    about: str
+
+
+def _played(cell: Record) -> float | None:
+    return cell.get("settings", {}).get("rounds") if cell["bytes_up"] else None
+
+
+def _unslimmed(cell: Record) -> float | None:
+    parts = cell.get("unslimmed")
+    return None if parts is None else float(np.mean(parts))
+
+
+COLUMNS: dict[str, Column] = {
+    "ACC": Column(lambda cell, _: cell["acc"], 100, 1, "mean accuracy over the parts, slimmed"),
+    "unslim": Column(lambda cell, _: _unslimmed(cell), 100, 1, "the same before slimming"),
+    "forget": Column(lambda cell, _: cell["forgetting"], 100, 1, "forgetting, points"),
+    "BWT": Column(lambda cell, _: cell["bwt"], 100, 1, "backward transfer, points"),
+    "gap %": Column(
+        lambda cell, peers: peers.gap_closed(cell), 100, 0, "of the way from prior to joint"
+    ),
+    "worst": Column(lambda cell, _: cell["worst_device"], 100, 1, "accuracy on the worst device"),
+    "rounds": Column(lambda cell, _: _played(cell), 1, 0, "of growing, a step"),
+    "up MB": Column(lambda cell, _: cell["bytes_up"], 1e-6, 2, "devices to server, all rounds"),
+    "down MB": Column(lambda cell, _: cell["bytes_down"], 1e-6, 2, "server to devices"),
+    "bytes x": Column(
+        lambda cell, peers: peers.bytes_ratio(cell), 1, 2, "both, as a ratio to fedavg's"
+    ),
+    "time x": Column(
+        lambda cell, peers: peers.time_ratio(cell), 1, 2, "devices' CPU time, likewise"
+    ),
+    "mem MB": Column(
+        lambda cell, _: cell.get("memory") or None,
+        1e-6,
+        1,
+        "that a device's training step saves for its backward pass",
+    ),
+    "slim k": Column(lambda cell, _: cell["params_slim"], 1e-3, 0, "parameters, thousands"),
+    "slim %": Column(
+        lambda cell, _: cell["params_slim"] / cell["params_full"], 100, 0, "of the net's"
+    ),
 }
+"""Accuracies and their differences are in points; `about` says what the name does not."""
 
 
 class _Peers:
@@ -92,13 +144,18 @@ class _Peers:
 
     def time_ratio(self, cell: Record) -> float | None:
         """CPU time of the devices as a ratio to FedAvg's; None without that cell."""
+        return self._ratio(cell, lambda some: float(some["device_cpu_seconds"]))
+
+    def bytes_ratio(self, cell: Record) -> float | None:
+        """Bytes both ways as a ratio to FedAvg's; None without that cell."""
+        return self._ratio(cell, lambda some: float(some["bytes_up"] + some["bytes_down"]))
+
+    def _ratio(self, cell: Record, read: Callable[[Record], float]) -> float | None:
         fedavg = self._peer(cell, _REFERENCE)
-        if fedavg is None or not cell["device_cpu_seconds"]:
-            return None
-        return float(cell["device_cpu_seconds"] / fedavg["device_cpu_seconds"])
+        return None if fedavg is None or not read(cell) else read(cell) / read(fedavg)
 
 
-def _stream(cell: Record) -> tuple[str, int]:
+def _stream(cell: Record) -> Stream:
     return cell["protocol"], cell["parts"]
 
 
@@ -106,85 +163,41 @@ def rows_of(cells: Sequence[Record]) -> list[Row]:
     """Return a row for every stream and method, in the order in which they first occur."""
     peers = _Peers(cells)
     groups: dict[tuple[str, int, str], list[Record]] = {}
+    budgets: dict[Stream, str] = {}
     for cell in cells:
         groups.setdefault((*_stream(cell), cell["method"]), []).append(cell)
+        if cell.get("budget"):
+            budgets[_stream(cell)] = cell["budget"]["kind"]
     return [
         Row(
             protocol,
             parts,
             method,
             tuple(cell["seed"] for cell in group),
+            budgets.get((protocol, parts), "rounds"),
             {
-                name: Stat.of([read(cell, peers) for cell in group])
-                for name, (read, _, _) in _COLUMNS.items()
+                name: Stat.of([column.read(cell, peers) for cell in group])
+                for name, column in COLUMNS.items()
             },
-            {
-                column: Stat.of([cell["matrix"][-1][i] for cell in group])
-                for i, column in enumerate(group[0]["columns"])
-            },
+            tuple(group[0]["columns"]),
+            tuple(
+                tuple(
+                    Stat.of([cell["matrix"][step][part] for cell in group])
+                    for part in range(len(group[0]["columns"]))
+                )
+                for step in range(len(group[0]["matrix"]))
+            ),
         )
         for (protocol, parts, method), group in groups.items()
     ]
 
 
-def _texts(row: Row, *, deviations: bool = True) -> list[str]:
-    """Return a row's cells; without deviations only ACC has one."""
-
-    def text(name: str, stat: Stat, factor: float, digits: int) -> str:
-        shown = stat if deviations or name == "ACC" else replace(stat, std=math.nan)
-        return shown.text(factor, digits)
-
-    final = [text(name, stat, 100, 1) for name, stat in row.final.items()]
-    if len(final) == 1:  # it is ACC
-        final = []
-    stats = [
-        text(name, row.stats[name], factor, digits)
-        for name, (_, factor, digits) in _COLUMNS.items()
-    ]
-    return [row.method, *final, *stats]
-
-
-def _by_stream(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
-    streams: dict[tuple[str, int], list[Row]] = {}
+def by_stream(rows: Sequence[Row]) -> dict[Stream, list[Row]]:
+    """Return the rows of every stream, by its protocol and number of parts."""
+    streams: dict[Stream, list[Row]] = {}
     for row in rows:
         streams.setdefault((row.protocol, row.parts), []).append(row)
     return streams
-
-
-def _head(rows: Sequence[Row]) -> list[str]:
-    final = list(rows[0].final) if len(rows[0].final) > 1 else []
-    return ["method", *final, *_COLUMNS]
-
-
-def _title(stream: tuple[str, int], rows: Sequence[Row]) -> str:
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    return f"{stream[0]}, {stream[1]} parts, seeds {', '.join(map(str, seeds))}"
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Return a Markdown table for every stream."""
-    lines = []
-    for stream, mine in _by_stream(rows).items():
-        head = _head(mine)
-        lines += [f"### {_title(stream, mine)}", "", f"| {' | '.join(head)} |"]
-        lines.append("|---" * len(head) + "|")
-        lines += [f"| {' | '.join(_texts(row))} |" for row in mine] + [""]
-    return "\n".join(lines)
-
-
-def rich_tables(rows: Sequence[Row]) -> list[Table]:
-    """Return the same for a terminal, where deviations of all columns have no room."""
-    tables = []
-    for stream, mine in _by_stream(rows).items():
-        table = Table(
-            *_head(mine), title=_title(stream, mine), box=box.SIMPLE, padding=(0, 1, 0, 0)
-        )
-        for column in table.columns:
-            column.no_wrap = column.header in ("method", "ACC")
-        for row in mine:
-            table.add_row(*_texts(row, deviations=False))
-        tables.append(table)
-    return tables
 
 
 def as_json(rows: Sequence[Row]) -> list[Record]:
@@ -200,7 +213,9 @@ def as_json(rows: Sequence[Row]) -> list[Record]:
             "parts": row.parts,
             "method": row.method,
             "seeds": list(row.seeds),
+            "budget": row.budget,
             "final": {name: plain(stat) for name, stat in row.final.items()},
+            "matrix": [[plain(stat) for stat in line] for line in row.matrix],
             **{name: plain(stat) for name, stat in row.stats.items()},
         }
         for row in rows

@@ -38,15 +38,17 @@ def quiet(text: str) -> None:
     return None
 
 
+SMALL = ["rounds=1", "epochs=1", "prior-epochs=3", "freeing-epochs=2", "devices=2"]
+
+
 def bench(out: Path, protocol: str, methods: str, *options: str) -> dict[str, Any]:
     """Run the command as a person would, small."""
-    small = ["rounds=1", "epochs=1", "prior-epochs=3", "freeing-epochs=2", "devices=2"]
     arguments = ["bench", "--quick", "--workers", "1", "--seeds", "0", "--out", str(out)]
     arguments += ["--protocol", protocol, "--methods", methods, *options]
-    arguments += [text for setting in small for text in ("--set", setting)]
+    arguments += [text for setting in SMALL for text in ("--set", setting)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return read_json(out / "results.json")
+    return read_json(out if out.suffix == ".json" else out / "results.json")
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,16 @@ def test_every_protocol_gives_a_table(
         assert cell["matrix"][0] == by_method["prior"]["matrix"][0]
         assert cell["acc"] == pytest.approx(np.mean(cell["matrix"][-1]))
         assert 0 <= cell["worst_device"] <= 1
-        assert (cell["bytes_up"] > 0) == (method not in ("prior", "central"))
+        plays = method not in ("prior", "central")
+        assert (cell["bytes_up"] > 0) == (cell["memory"] > 0) == plays
+        assert sum(r["device_cpu_seconds"] for r in cell["rounds"]) == pytest.approx(
+            cell["device_cpu_seconds"]
+        )
     known = np.array(by_method["fedavg"]["matrix"])
     assert by_method["fedavg"]["forgetting"] == pytest.approx(metrics.forgetting(known))
     assert by_method["fedavg"]["bwt"] == pytest.approx(metrics.bwt(known))
+    assert by_method["fedavg"]["unslimmed"] is None
+    assert len(by_method["fallow"]["unslimmed"] or columns) == len(columns)
     assert by_method["fallow"]["params_slim"] < by_method["fallow"]["params_full"]
     assert by_method["fedavg"]["params_slim"] == by_method["fedavg"]["params_full"]
     assert (tmp_path / "table.md").read_text().startswith(f"### {protocol}, {parts} parts, seeds 0")
@@ -88,7 +96,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     def refuse(cell: Cell, out: Path) -> dict[str, Any]:
         raise AssertionError(f"{cell.name} was run again")
 
-    monkeypatch.setattr(cells, "_run", refuse)
+    monkeypatch.setattr(cells, "run_afresh", refuse)
     told: list[str] = []
     again = run_bench(asked, tmp_path, 1, told.append)
     assert as_json(again) == as_json(first)
@@ -156,7 +164,7 @@ def test_the_worst_device_is_weighed_by_its_own_classes() -> None:
     [
         ("tasks", 2, "protocol is 'tasks': use instance, domain, class"),
         ("instance", 1, "parts is 1: give at least 2"),
-        ("domain", 6, "parts is 6: protocol 'domain' has at most 5"),
+        ("domain", 6, "parts is 6: protocol 'domain' has at most 5 from one data"),
     ],
 )
 def test_wrong_protocols_are_told(protocol: str, parts: int, message: str) -> None:

@@ -245,8 +245,8 @@ def test_a_checkpoint_of_another_format_is_refused(
     plan: Plan, fresh: RunState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two(plan, fresh, tmp_path)
-    monkeypatch.setattr("server.checkpoint._FORMAT", 2)
-    with pytest.raises(StoreError, match="has format 1, this version reads 2"):
+    monkeypatch.setattr("server.checkpoint._FORMAT", 3)
+    with pytest.raises(StoreError, match="has format 2, this version reads 3"):
         CheckpointFolder(tmp_path, plan.config).read()
 
 

@@ -267,7 +267,9 @@ def test_a_run_that_is_killed_in_every_round_gives_the_same_bytes(
         how = KeyboardInterrupt if sessions % 2 else Cut
         killer = Killer(1 if sessions == 0 else 2, how)
         try:
-            summary = play(quick(), out, resume=sessions > 0, progress=killer)
+            summary = play(
+                quick(), out, resume=sessions > 0, progress=killer, cache=tmp_path / "devices"
+            )
         except (Cut, KeyboardInterrupt):
             sessions += 1
             interrupted = summary_of(out)

@@ -1,0 +1,145 @@
+"""One net for several worlds: a trunk that never changes again, and a small expert for each.
+
+Where new data comes from another world than the prior's, one set of weights cannot serve both
+(fine-tuning on the new forgets the old, and nobody has the old any more). The kept filters are
+then frozen, and each new world gets an expert of its own: every batch normalisation, the
+classifier, and the smallest convolutions, up to a share of the net's parameters. All else is
+shared. Which expert an image is for is told by the gate (`common.gate`); the answer is
+``p(y | x) = sum_k p(world k | x) p_k(y | x)`` (Jacobs et al., "Adaptive mixtures of local
+experts", 1991).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.filters import BN_KINDS
+from common.gate import Gate, Moments, look, stem_conv
+from common.layout import Entry, Layout
+from common.state import State, read_state, write_state
+
+
+def expert_layout(trunk: nn.Module, head: str, share: float) -> Layout:
+    """Return what an expert of `trunk` may change.
+
+    Parameters
+    ----------
+    trunk : nn.Module
+        The net without its free filters.
+    head : str
+        Name of the classifier.
+    share : float
+        Most parameters of an expert, as a share of the trunk's. Every batch normalisation and
+        the classifier count first and are always part of it; convolutions follow, the smallest
+        first, as long as they fit. Those are the early ones, which see the world's light, noise
+        and strokes.
+    """
+    state = read_state(trunk)
+    kinds = _kinds(state)
+    own = {name for name in state if kinds[name] != "weight"} | {f"{head}.weight", f"{head}.bias"}
+    room = share * sum(p.numel() for p in trunk.parameters())
+    room -= sum(state[name].numel() for name in own if kinds[name] not in ("mean", "var"))
+    rest = sorted((state[name].numel(), name) for name in state if name not in own)
+    for size, name in rest:
+        if size > room:
+            break
+        room -= size
+        own.add(name)
+    entries = (Entry(name, tuple(state[name].shape), kinds[name], None) for name in sorted(own))
+    return Layout("expert", tuple(entries))
+
+
+def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    kinds = dict.fromkeys(state, "weight")
+    for name in state:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "running_mean":
+            kinds |= {f"{owner}.{part}": kind for part, kind in BN_KINDS.items()}
+    return {name: kinds[name] for name in state}
+
+
+class ExpertNet(nn.Module):
+    """Trunk, experts and gate as one net, for inference: pixels in, log probabilities out.
+
+    Tensors that an expert does not change are the trunk's own, not copies. Batch normalisations
+    become scale and shift, which no exporter folds into the weights that the experts share.
+
+    Parameters
+    ----------
+    trunk : nn.Module
+        World 0's net.
+    experts : sequence of State
+        What each further world changes, by tensor name.
+    worlds : sequence of Moments
+        Of all worlds, the first one's first.
+    stem : tensor
+        Weights of the first convolution through which the gate looks.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        experts: Sequence[State],
+        worlds: Sequence[Moments],
+        stem: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        first = copy.deepcopy(trunk).eval()
+        nets = [first, *(_expert(first, expert) for expert in experts)]
+        self.stem = stem_conv(first, stem)
+        self.nets = nn.ModuleList([_without_bn(net) for net in nets])
+        self.gate = Gate(worlds)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images ``[B, C, H, W]`` to log probabilities ``[B, classes]``."""
+        posterior = self.gate(look(self.stem(x)))
+        heard = [
+            F.log_softmax(net(x), 1) + posterior[:, number : number + 1]
+            for number, net in enumerate(self.nets)
+        ]
+        return torch.logsumexp(torch.stack(heard), 0)
+
+
+def _expert(trunk: nn.Module, changed: State) -> nn.Module:
+    """Return a net with `changed` and otherwise the very tensors of `trunk`."""
+    net = copy.deepcopy(trunk)
+    write_state(net, {**read_state(trunk), **changed})
+    shared = {name: p for name, p in trunk.named_parameters() if name not in changed}
+    for name, parameter in shared.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(owner), leaf, parameter)
+    return net
+
+
+class _ScaleShift(nn.Module):
+    """A batch normalisation in inference."""
+
+    def __init__(self, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = bn.weight.detach() / torch.sqrt(bn.running_var + bn.eps)
+        shift = bn.bias.detach() - bn.running_mean * scale
+        self.scale = nn.Parameter(scale[:, None, None], requires_grad=False)
+        self.shift = nn.Parameter(shift[:, None, None], requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.shift
+
+
+def _without_bn(net: nn.Module) -> nn.Module:
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            owner, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(owner), leaf, _ScaleShift(module))
+    return net
+
+
+def changed_by(layout: Layout, state: Mapping[str, torch.Tensor]) -> State:
+    """Return the tensors of `state` that `layout` names: an expert."""
+    return {entry.tensor: state[entry.tensor] for entry in layout.entries}

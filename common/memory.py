@@ -1,0 +1,124 @@
+"""What is kept of data that nobody has any more, and the net that it makes of a model.
+
+No image: how each world looks to the first convolution as it was with the prior, what its expert
+changed, and class statistics of the trunk's features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.experts import ExpertNet
+from common.features import ClassSums, ClosedFormNet
+from common.filters import FilterGraph, FreeSet, cut
+from common.gate import Moments
+from common.state import State, write_state
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Statistics of all data so far.
+
+    Attributes
+    ----------
+    stem : tensor [C, c, h, w]
+        Weights of the first convolution when the prior was recorded: all worlds are seen through
+        it, whatever becomes of the net's own.
+    worlds : tuple of Moments
+        World 0 is the prior's.
+    experts : tuple of State
+        What worlds 1, 2, ... change in the trunk.
+    known : tuple of int
+        Classes that the model has seen.
+    classes : ClassSums or None
+        Of the trunk's features; None once the trunk was trained further, or if nobody had them.
+    closed : bool
+        Whether the classifier is made of `classes`.
+    stand_in : bool
+        Whether world 0 is guessed from batch normalisations, for want of the prior's data.
+    """
+
+    stem: torch.Tensor
+    worlds: tuple[Moments, ...]
+    experts: tuple[State, ...] = ()
+    known: tuple[int, ...] = ()
+    classes: ClassSums | None = None
+    closed: bool = False
+    stand_in: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model is one net with its own classifier."""
+        return not (self.closed or self.experts)
+
+    def as_state(self) -> State:
+        """Return all of it as tensors (floats in float64)."""
+        flags = [self.closed, self.stand_in, len(self.worlds), len(self.experts)]
+        state = {
+            "stem": self.stem,
+            "known": torch.tensor(self.known, dtype=torch.int64),
+            "flags": torch.tensor([int(flag) for flag in flags]),
+        }
+        for number, world in enumerate(self.worlds):
+            parts = {"count": np.array([world.count]), "total": world.total, "second": world.second}
+            state |= {f"world.{number}.{k}": torch.from_numpy(v) for k, v in parts.items()}
+        for number, expert in enumerate(self.experts):
+            state |= {f"expert.{number}.{name}": tensor for name, tensor in expert.items()}
+        if self.classes is not None:
+            state |= {f"classes.{k}": torch.from_numpy(v) for k, v in vars(self.classes).items()}
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> Memory:
+        """Read what `as_state` wrote."""
+        closed, stand_in, worlds, experts = state["flags"].tolist()
+
+        def under(prefix: str) -> State:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        sums = {name: tensor.numpy() for name, tensor in under("classes.").items()}
+        return cls(
+            stem=state["stem"],
+            worlds=tuple(_moments(under(f"world.{number}.")) for number in range(worlds)),
+            experts=tuple(under(f"expert.{number}.") for number in range(experts)),
+            known=tuple(state["known"].tolist()),
+            classes=ClassSums(**sums) if sums else None,
+            closed=bool(closed),
+            stand_in=bool(stand_in),
+        )
+
+
+def _moments(parts: State) -> Moments:
+    return Moments(float(parts["count"][0]), parts["total"].numpy(), parts["second"].numpy())
+
+
+def trunk_of(
+    net: nn.Module, graph: FilterGraph, state: Mapping[str, torch.Tensor], free: FreeSet
+) -> nn.Module:
+    """Return the net that `state` makes of `net` without its free filters, in eval mode."""
+    dense = copy.deepcopy(net)
+    write_state(dense, state)
+    return cut(dense.eval(), graph, free)
+
+
+def assembled(
+    net: nn.Module,
+    graph: FilterGraph,
+    state: Mapping[str, torch.Tensor],
+    free: FreeSet,
+    memory: Memory | None,
+) -> nn.Module:
+    """Return the whole model for inference: trunk, and what memory adds to it."""
+    trunk = trunk_of(net, graph, state, free)
+    if memory is None or memory.plain:
+        return trunk
+    if memory.closed:
+        assert memory.classes is not None
+        return ClosedFormNet(trunk, graph.head, memory.classes)
+    return ExpertNet(trunk, memory.experts, memory.worlds, memory.stem)

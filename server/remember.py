@@ -1,0 +1,63 @@
+"""What is recorded of the prior's data while it is there, for the steps to come."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.data import ImageSet, Normalisation
+from common.features import class_sums
+from common.filters import FreeSet
+from common.gate import Moments, stem_conv, stem_moments
+from common.memory import Memory, trunk_of
+from common.state import State
+from common.train import Labelled
+from server.plan import Plan
+
+_STAND_IN_IMAGES = 1000.0
+_STAND_IN_SPREAD = 0.5
+"""Between images, of a channel's mean, as a share of its deviation over all pixels."""
+
+
+def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -> Memory | None:
+    """Return the statistics that a run begins with; None if shifts are not looked for.
+
+    Parameters
+    ----------
+    plan : Plan
+        Of the run.
+    state, free
+        The prior, its free filters off.
+    images : ImageSet or None
+        What it was trained on. Without them world 0 is guessed from the first batch
+        normalisation, all classes count as known, and there are no class statistics.
+    """
+    if plan.config.shift == "never":
+        return None
+    trunk = trunk_of(plan.net, plan.graph, state, free)
+    stem = stem_conv(trunk)
+    weight = stem.weight.detach().clone().contiguous()
+    classes = plan.spec.classes
+    if images is None or not len(images):
+        guess = _guess(trunk)
+        return Memory(weight, (guess,), known=tuple(range(classes)), stand_in=True)
+    data = Labelled.of(images, Normalisation(plan.spec.mean, plan.spec.std))
+    return Memory(
+        weight,
+        (stem_moments(stem, data.x),),
+        known=tuple(torch.unique(data.y).tolist()),
+        classes=class_sums(trunk, plan.graph.head, data.x, data.y, classes),
+    )
+
+
+def _guess(trunk: nn.Module) -> Moments:
+    """Return world 0 as its first batch normalisation saw it: means and variances, no more."""
+    bn = next(module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d))
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    deviation = bn.running_var.sqrt().double().numpy()
+    mean = np.concatenate([bn.running_mean.double().numpy(), deviation])
+    spread = np.concatenate([deviation, deviation]) * _STAND_IN_SPREAD
+    second = np.diag(spread**2) + np.outer(mean, mean)
+    return Moments(_STAND_IN_IMAGES, _STAND_IN_IMAGES * mean, _STAND_IN_IMAGES * second)
