@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import functools
 import time
@@ -30,6 +31,7 @@ from common.nets import build
 from common.order import NEEDS_BASE, NEEDS_VALUES, NetSpec, Order, Report, as_free_set
 from common.proximal import proximal
 from common.regrow import regrow
+from common.rotation import Rotations
 from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
 from common.state import State, read_state, state_digest, write_state
@@ -275,16 +277,25 @@ def _train(
     if order.prox:
         objective = proximal(objective, student, layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
-    trained = train(
-        student,
-        layout,
-        data,
-        objective,
-        recipe,
-        torch_rng("train", *key),
-        accelerator=accelerator,
-        before_step=before_step,
-    )
+    with contextlib.ExitStack() as stack:
+        rotations = None
+        if order.rotations:
+            head = student.get_submodule(graph.head)
+            assert isinstance(head, nn.Linear)
+            rotations = stack.enter_context(
+                Rotations(head, head.in_features, classes, order.rotations, torch_rng("turn", *key))
+            )
+        trained = train(
+            student,
+            layout,
+            data,
+            objective,
+            recipe,
+            torch_rng("train", *key),
+            accelerator=accelerator,
+            rotations=rotations,
+            before_step=before_step,
+        )
     return trained.loss
 
 

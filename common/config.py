@@ -160,6 +160,9 @@ class Config(BaseModel):
     adaptive: bool = Field(
         True, description="the distillation's weight follows image and round; else it is fixed"
     )
+    device_rotations: NotNegative = Field(
+        0.0, description="weight, on the devices, of telling how images are turned; twice the work"
+    )
     ntd_weight: NotNegative = Field(0.0, description="weight of FedNTD's term")
     label_calibration: NotNegative = Field(
         1.0, description="how far a device's own label skew is taken out of its loss; 0 = not"
@@ -188,9 +191,13 @@ class Config(BaseModel):
     )
 
     # shifts
-    shift: Literal["auto", "never"] = Field(
+    shift: Literal["auto", "statistics", "never"] = Field(
         "auto",
-        description="whether other worlds and new classes are looked for and learnt apart",
+        description="whether other worlds and new classes are looked for and learnt apart; or all "
+        "is learnt by class statistics",
+    )
+    statistics_head: Literal["lda", "ridge", "ncm"] = Field(
+        "lda", description="the classifier that class statistics make"
     )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"

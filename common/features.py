@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from common.errors import UpdateError
 from common.gate import look
 
 _SHRINKAGE = 0.01
+Head = Literal["lda", "ridge", "ncm"]
 
 
 class FeatureNet(nn.Module):
@@ -116,10 +117,16 @@ class ClassSums:
         second[np.triu_indices(size)] = upper
         return cls(counts, sums.reshape(classes, size), second + np.triu(second, 1).T)
 
-    def classifier(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return weight [C, D] and bias [C] of LDA: one covariance, all classes as likely.
+    def classifier(self, kind: Head = "lda") -> tuple[np.ndarray, np.ndarray]:
+        """Return weight [C, D] and bias [C] of a linear classifier, all classes as likely.
 
         A class without an image gets a bias that no image overcomes.
+
+        Parameters
+        ----------
+        kind : {"lda", "ridge", "ncm"}
+            Linear discriminant analysis; ridge regression of one-hot labels; nearest class mean in
+            features scaled to unit variance.
         """
         there = self.counts > 0
         means = self.sums / np.maximum(self.counts, 1)[:, None]
@@ -127,9 +134,29 @@ class ClassSums:
         covariance = within / self.counts.sum()
         spread = np.clip(np.diag(covariance), 1e-10, None)
         covariance = covariance + np.diag(_SHRINKAGE * spread + 1e-10)
+        if kind == "ridge":
+            return self._ridge()
+        if kind == "ncm":
+            covariance = np.diag(np.diag(covariance))
         weight = np.linalg.solve(covariance, means.T).T
         bias = -0.5 * (weight * means).sum(1)
         return weight, np.where(there, bias, _NEVER)
+
+
+    def _ridge(self) -> tuple[np.ndarray, np.ndarray]:
+        there = self.counts > 0
+        # every class weighs as much as another, however many images it has
+        share = np.where(there, 1.0 / np.maximum(self.counts, 1), 0.0) / there.sum()
+        means = self.sums / np.maximum(self.counts, 1)[:, None]
+        centre = means[there].mean(0)
+        total = self.second / self.counts.sum()
+        mean = self.sums.sum(0) / self.counts.sum()
+        covariance = total - np.outer(mean, mean)
+        spread = np.clip(np.diag(covariance), 1e-10, None)
+        covariance = covariance + np.diag(_SHRINKAGE * spread + 1e-10)
+        between = (means - centre) * (share * self.counts)[:, None]
+        weight = np.linalg.solve(covariance, between.T).T
+        return weight, np.where(there, share * self.counts - weight @ centre, _NEVER)
 
 
 _NEVER = -1e6
@@ -165,10 +192,12 @@ def feature_size(net: nn.Module, head: str, input_shape: tuple[int, int, int]) -
 class ClosedFormNet(nn.Module):
     """A net whose classifier is made of class statistics, for inference."""
 
-    def __init__(self, net: nn.Module, head: str, statistics: ClassSums) -> None:
+    def __init__(
+        self, net: nn.Module, head: str, statistics: ClassSums, kind: Head = "lda"
+    ) -> None:
         super().__init__()
         self.features = FeatureNet(copy.deepcopy(net).eval(), head)
-        weight, bias = statistics.classifier()
+        weight, bias = statistics.classifier(kind)
         # Features are taken from their mean, or the scores would be small differences of large
         # numbers.
         centre = statistics.sums.sum(0) / statistics.counts.sum()

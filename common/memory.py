@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import nn
 
 from common.experts import ExpertNet
-from common.features import ClassSums, ClosedFormNet
+from common.features import ClassSums, ClosedFormNet, Head
 from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments
 from common.state import State, write_state
@@ -40,6 +41,8 @@ class Memory:
         Of the trunk's features; None once the trunk was trained further, or if nobody had them.
     closed : bool
         Whether the classifier is made of `classes`.
+    head : {"lda", "ridge", "ncm"}
+        Which classifier they make.
     stand_in : bool
         Whether world 0 is guessed from batch normalisations, for want of the prior's data.
     """
@@ -51,6 +54,7 @@ class Memory:
     classes: ClassSums | None = None
     closed: bool = False
     stand_in: bool = False
+    head: Head = "lda"
 
     @property
     def plain(self) -> bool:
@@ -59,7 +63,8 @@ class Memory:
 
     def as_state(self) -> State:
         """Return all of it as tensors (floats in float64)."""
-        flags = [self.closed, self.stand_in, len(self.worlds), len(self.experts)]
+        head = get_args(Head).index(self.head)
+        flags = [self.closed, self.stand_in, len(self.worlds), len(self.experts), head]
         state = {
             "stem": self.stem,
             "known": torch.tensor(self.known, dtype=torch.int64),
@@ -77,7 +82,7 @@ class Memory:
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> Memory:
         """Read what `as_state` wrote."""
-        closed, stand_in, worlds, experts = state["flags"].tolist()
+        closed, stand_in, worlds, experts, head = state["flags"].tolist()
 
         def under(prefix: str) -> State:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -91,6 +96,7 @@ class Memory:
             classes=ClassSums(**sums) if sums else None,
             closed=bool(closed),
             stand_in=bool(stand_in),
+            head=get_args(Head)[head],
         )
 
 
@@ -120,5 +126,5 @@ def assembled(
         return trunk
     if memory.closed:
         assert memory.classes is not None
-        return ClosedFormNet(trunk, graph.head, memory.classes)
+        return ClosedFormNet(trunk, graph.head, memory.classes, memory.head)
     return ExpertNet(trunk, memory.experts, memory.worlds, memory.stem)

@@ -96,6 +96,8 @@ class Order(_Frozen):
     anneal : tuple of float
         consolidate: progress at the begin and at the end of this round, and where the scales
         reach zero.
+    rotations : float
+        Weight of telling how images are turned (see `common.rotation`).
     trunk : str or None
         Scope expert: digest of the model whose part without its free filters is the base.
     expert_share : float
@@ -142,6 +144,7 @@ class Order(_Frozen):
     class_counts: list[Annotated[int, Field(ge=0)]]
     anneal: tuple[float, float, Positive]
     heldout: float = Field(gt=0, le=0.5)
+    rotations: float = Field(0.0, ge=0)
     trunk: Digest | None = None
     expert_share: float = Field(0.0, ge=0, le=1)
     stem: str = ""

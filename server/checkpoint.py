@@ -166,6 +166,7 @@ class CheckpointFolder:
             "since": None if state.shared is None else state.shared.since,
             "memory": None if state.memory is None else self._tensors.put(state.memory.as_state()),
             "way": state.way,
+            "world": state.world,
             "seen": None if state.seen is None else state.seen.pack().tolist(),
             "source": state.source,
             "free": as_channels(state.free),
@@ -199,6 +200,7 @@ class CheckpointFolder:
             if value["memory"] is None
             else Memory.from_state(self._tensor(value["memory"])),
             way=value["way"],
+            world=value["world"],
             seen=_moments(value["seen"]),
             source=value["source"],
             free=as_free_set(value["free"]),

@@ -106,6 +106,8 @@ class RunState:
         Statistics of all data so far; None if shifts are not looked for.
     way : {"whole", "expert", "classes"}
         How this step learns.
+    world : int
+        Whose expert this step trains; one more than there were, if it is a new one.
     seen : Moments or None
         Of this step's images, until they belong to `memory`.
     """
@@ -135,6 +137,7 @@ class RunState:
     stopped: str | None = None
     memory: Memory | None = None
     way: Way = "whole"
+    world: int = 0
     seen: Moments | None = None
 
     @cached_property
@@ -335,6 +338,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
         class_counts=list(state.class_counts),
         anneal=(begin, end, config.anneal),
         heldout=config.heldout,
+        rotations=config.device_rotations if training else 0.0,
         trunk=state_digest(state.prior) if expert else None,
         expert_share=config.expert_share if expert else 0.0,
         stem=_stem_text(state.memory) if looking and state.memory is not None else "",
@@ -607,7 +611,8 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         return _end_step(plan, learnt, state.prior, state.free, math.nan, None)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
     new_classes = set(present) - set(memory.known)
-    if memory.closed or (new_classes and memory.classes is not None):
+    by_class = plan.config.shift == "statistics" or memory.closed or new_classes
+    if by_class and memory.classes is not None:
         return replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
     world = _world(plan, memory, seen, state.step)
     if world == 0 and memory.plain:
@@ -624,7 +629,7 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         way="expert",
         seen=seen,
         class_counts=outcome.class_counts,
-        attempt=world,
+        world=world,
     )
 
 
@@ -645,7 +650,7 @@ def _after_expert(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
 
     The accuracy on held-out images is that of the model with which the last round began.
     """
-    memory, number = state.memory, state.attempt
+    memory, number = state.memory, state.world
     assert memory is not None
     assert state.seen is not None
     grown = replace(
@@ -653,7 +658,6 @@ def _after_expert(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         values=outcome.values,
         heldout_prior=_prior(outcome),
         heldout_grown=outcome.right / outcome.heldout,
-        attempt=0,
     )
     if _is_worse(outcome, plan.config.accept_drop):
         refusal = "the expert is worse than the model before it on the devices' held-out images"

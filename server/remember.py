@@ -48,6 +48,7 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
         (stem_moments(stem, data.x),),
         known=tuple(torch.unique(data.y).tolist()),
         classes=class_sums(trunk, plan.graph.head, data.x, data.y, classes),
+        head=plan.config.statistics_head,
     )
 
 

@@ -223,7 +223,11 @@ class _Conductor:
             self._checkpoints.write(
                 Checkpoint(after, fleet.held, self._results.records, self._lines)
             )
-            if after.phase != before.phase or after.attempt != before.attempt:
+            if (after.step, after.phase, after.attempt) != (
+                before.step,
+                before.phase,
+                before.attempt,
+            ):
                 expected = self._lines + rounds_left(plan, after)
                 self._progress.plan(expected, done=checkpoint.rounds)
                 self._announce(after)

@@ -25,6 +25,7 @@ from server.bench.methods import method_of
 from server.fleet import Fleet
 from server.plan import RunState, start
 from server.progress import NullProgress
+from server.remember import remember
 from server.rounds import play_rounds
 from server.world import open_world
 
@@ -147,6 +148,8 @@ def rounds_within(
 
 def _first_guess(cell: Cell, out: Path, budget: Budget, limit: float, reference: Record) -> int:
     costs = [budget.spent(cost) for cost in _two_rounds(cell, out)]
+    if not costs:  # learns by statistics alone
+        return cell.config.rounds
     # What freeing costs is known of the default method alone; for others it is about the same.
     overhead = sum(budget.spent(r) for r in reference["rounds"] if r["phase"] != "grow")
     if cell.config.freeing not in ("always", "steps"):
@@ -178,7 +181,8 @@ def _two_rounds(cell: Cell, out: Path) -> list[Record]:
             if len(costs) == 2:
                 raise _EnoughError
 
-        state = start(world.plan, prior, free)
+        memory = remember(world.plan, prior, free, world.scenario.prior)
+        state = start(world.plan, prior, free, memory)
         with contextlib.suppress(_EnoughError):
             play_rounds(grid, world.plan, state, Fleet(grid), NullProgress(), after_round)
     return costs

@@ -44,6 +44,7 @@ WHOLE: Settings = {
     "label_calibration": 0.0,
 }
 """Plain federated learning of the whole net: cross-entropy, nothing freed."""
+INT8: Settings = {"codec_up": "int8", "codec_down": "int8"}
 
 _ALL = (
     Method("prior", "the prior model, never changed", {}, "frozen"),
@@ -82,10 +83,42 @@ _ALL = (
         "FedAvg with label calibration, then the same slimming as fallow's",
         {"scope": "all", "freeing": "steps", "regrow": False, "kd_teacher": "none"},
     ),
+    Method("fedavg-int8", "FedAvg with int8 updates and values", {**WHOLE, **INT8}),
+    Method(
+        "fedavg-freed",
+        "FedAvg from fallow's freed prior, which was trained for longer than the prior itself",
+        {**WHOLE, "freeing": "prior", "regrow": False},
+    ),
+    Method(
+        "lda",
+        "LDA on the frozen prior's features, from class statistics (FeCAM, NeurIPS 2023)",
+        {**WHOLE, "shift": "statistics"},
+    ),
+    Method(
+        "ridge",
+        "ridge regression on them (Fed3R, Fani et al., ICML 2024)",
+        {**WHOLE, "shift": "statistics", "statistics_head": "ridge"},
+    ),
+    Method(
+        "ncm",
+        "nearest class mean on them",
+        {**WHOLE, "shift": "statistics", "statistics_head": "ncm"},
+    ),
+    Method(
+        "two-models",
+        "a whole model for every world behind the same gate: an upper bound, twice the size",
+        {**WHOLE, "shift": "auto", "expert_share": 1.0, "expert_lr": 0.03},
+    ),
     Method(
         "random-mask",
         "fallow with any filters freed instead of the least important, as many a layer",
         {"choice": "random", "max_drop": 1.0},
+    ),
+    Method("no-gate", "fallow that looks for no shift: one net for all", {"shift": "never"}),
+    Method(
+        "no-rotations",
+        "fallow whose first freeing does not ask how images are turned",
+        {"rotations": 0.0},
     ),
     Method("no-reinit", "fallow without re-initialisation of what is freed", {"regrow": False}),
     Method("no-distillation", "fallow without a teacher while growing", {"kd_teacher": "none"}),
