@@ -142,7 +142,6 @@ class ClassSums:
         bias = -0.5 * (weight * means).sum(1)
         return weight, np.where(there, bias, _NEVER)
 
-
     def _ridge(self) -> tuple[np.ndarray, np.ndarray]:
         there = self.counts > 0
         # every class weighs as much as another, however many images it has
