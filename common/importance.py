@@ -204,7 +204,8 @@ def _gradient_scores(
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in names}
     totals: Scores = {layer.name: np.zeros(layer.width) for layer in graph.layers}
     images = 0
-    with _evaluating(net), torch.enable_grad():
+    # The scores of a net that has diverged are not finite, which is told where they are read.
+    with _evaluating(net), torch.enable_grad(), np.errstate(over="ignore", invalid="ignore"):
         for x, y in batches:
             logits: Tensor = torch.func.functional_call(net, leaves, (x,))
             gradients = torch.autograd.grad(loss(logits, y), list(leaves.values()))

@@ -71,8 +71,8 @@ class Memory:
             "flags": torch.tensor([int(flag) for flag in flags]),
         }
         for number, world in enumerate(self.worlds):
-            parts = {"count": np.array([world.count]), "total": world.total, "second": world.second}
-            state |= {f"world.{number}.{k}": torch.from_numpy(v) for k, v in parts.items()}
+            parts = moments_as_state(world)
+            state |= {f"world.{number}.{name}": tensor for name, tensor in parts.items()}
         for number, expert in enumerate(self.experts):
             state |= {f"expert.{number}.{name}": tensor for name, tensor in expert.items()}
         if self.classes is not None:
@@ -90,7 +90,7 @@ class Memory:
         sums = {name: tensor.numpy() for name, tensor in under("classes.").items()}
         return cls(
             stem=state["stem"],
-            worlds=tuple(_moments(under(f"world.{number}.")) for number in range(worlds)),
+            worlds=tuple(moments_from_state(under(f"world.{number}.")) for number in range(worlds)),
             experts=tuple(under(f"expert.{number}.") for number in range(experts)),
             known=tuple(state["known"].tolist()),
             classes=ClassSums(**sums) if sums else None,
@@ -100,7 +100,14 @@ class Memory:
         )
 
 
-def _moments(parts: State) -> Moments:
+def moments_as_state(moments: Moments) -> State:
+    """Return moments as tensors, every bit of them."""
+    parts = {"count": np.array([moments.count]), "total": moments.total, "second": moments.second}
+    return {name: torch.from_numpy(part) for name, part in parts.items()}
+
+
+def moments_from_state(parts: Mapping[str, torch.Tensor]) -> Moments:
+    """Read what `moments_as_state` wrote."""
     return Moments(float(parts["count"][0]), parts["total"].numpy(), parts["second"].numpy())
 
 

@@ -18,7 +18,7 @@ from common.config import NOT_THE_RESULT, Config
 from common.errors import StoreError
 from common.filters import FreeSet
 from common.gate import Moments
-from common.memory import Memory
+from common.memory import Memory, moments_as_state, moments_from_state
 from common.order import as_channels, as_free_set
 from common.sparsify import Attempt
 from common.state import State
@@ -167,7 +167,7 @@ class CheckpointFolder:
             "memory": None if state.memory is None else self._tensors.put(state.memory.as_state()),
             "way": state.way,
             "world": state.world,
-            "seen": None if state.seen is None else state.seen.pack().tolist(),
+            "seen": None if state.seen is None else self._tensors.put(moments_as_state(state.seen)),
             "source": state.source,
             "free": as_channels(state.free),
             "next_free": as_channels(state.next_free),
@@ -196,12 +196,10 @@ class CheckpointFolder:
             values=self._array(value, "values"),
             shared=self._shared(value),
             tail=self._array(value, "tail"),
-            memory=None
-            if value["memory"] is None
-            else Memory.from_state(self._tensor(value["memory"])),
+            memory=self._memory(value["memory"]),
             way=value["way"],
             world=value["world"],
-            seen=_moments(value["seen"]),
+            seen=self._seen(value["seen"]),
             source=value["source"],
             free=as_free_set(value["free"]),
             next_free=as_free_set(value["next_free"]),
@@ -229,6 +227,9 @@ class CheckpointFolder:
     def _memory(self, digest: str | None) -> Memory | None:
         return None if digest is None else Memory.from_state(self._tensor(digest))
 
+    def _seen(self, digest: str | None) -> Moments | None:
+        return None if digest is None else moments_from_state(self._tensor(digest))
+
     def _tensor(self, digest: str) -> State:
         try:
             return self._tensors.get(digest)
@@ -248,20 +249,13 @@ def _digests(path: Path) -> set[str]:
         state = read_json(path)["state"]
     except StoreError:
         return set()
-    return {state[n] for n in ("prior", "base", "values", "shared", "tail", "memory") if state[n]}
+    names = ("prior", "base", "values", "shared", "tail", "memory", "seen")
+    return {state[name] for name in names if state[name]}
 
 
 def _bundle(shared: Shared) -> State:
     arrays = {"residue": shared.residue, "delta": shared.delta}
     return {**shared.moved.as_state(), **{n: torch.from_numpy(a) for n, a in arrays.items()}}
-
-
-def _moments(packed: list[float] | None) -> Moments | None:
-    if packed is None:
-        return None
-    # 1 + d + d (d + 1) / 2 values
-    size = int((math.sqrt(1 + 8 * len(packed)) - 3) / 2)
-    return Moments.unpack(np.array(packed), size)
 
 
 def _number(value: float) -> float | None:

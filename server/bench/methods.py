@@ -81,7 +81,7 @@ _ALL = (
     Method(
         "fedavg-slim",
         "FedAvg with label calibration, then the same slimming as fallow's",
-        {"scope": "all", "freeing": "steps", "regrow": False, "kd_teacher": "none"},
+        {**WHOLE, "freeing": "steps", "regrow": False, "label_calibration": 1.0},
     ),
     Method("fedavg-int8", "FedAvg with int8 updates and values", {**WHOLE, **INT8}),
     Method(

@@ -30,6 +30,8 @@ OTHERS: dict[str, Any] = {
     "retention": 0.8,
     "accept_drop": 0.01,
     "perturb_keep": 0.5,
+    "world_gap": 0.9,
+    "expert_share": 0.1,
 }
 
 

@@ -75,6 +75,16 @@ ORDER: dict[str, Any] = {
     },
     "anneal": [0.0, 0.2, 0.6],
     "heldout": 0.15,
+    "rotations": 0.5,
+    "trunk": OTHER,
+    "expert_share": 0.05,
+    "stem": "AACAPw==",
+    "by_class": True,
+    "codec_up": "int8",
+    "codec_down": "int4",
+    "moved": DIGEST,
+    "since": None,
+    "feedback": OTHER,
 }
 REPORT: dict[str, Any] = {
     "device": "17",
@@ -192,6 +202,11 @@ def test_an_order_cannot_be_changed() -> None:
         ("teaching.floor", 2),
         ("teaching.ntd_weight", None),
         ("anneal.2", 0.0),
+        ("rotations", -0.1),
+        ("trunk", "abc"),
+        ("expert_share", 1.5),
+        ("codec_up", "int9"),
+        ("moved", DIGEST + "0"),
         ("heldout", 0.9),
         ("heldout", math.nan),
     ],
@@ -264,9 +279,9 @@ def test_what_is_no_order_at_all_is_refused_in_one_short_line(text: str) -> None
 
 
 def test_every_phase_and_scope_can_be_ordered() -> None:
-    for phase in ("weigh", "grow", "consolidate", "judge"):
+    for phase in ("look", "weigh", "grow", "consolidate", "judge"):
         assert read_order(changed("phase", phase)).phase == phase
-    for scope in ("rows", "group", "all"):
+    for scope in ("rows", "group", "all", "expert"):
         assert read_order(changed("scope", scope)).scope == scope
     assert set(Order.model_fields) == set(ORDER)
 

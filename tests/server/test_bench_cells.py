@@ -75,7 +75,9 @@ def test_every_protocol_gives_a_table(
         assert cell["acc"] == pytest.approx(np.mean(cell["matrix"][-1]))
         assert 0 <= cell["worst_device"] <= 1
         plays = method not in ("prior", "central")
-        assert (cell["bytes_up"] > 0) == (cell["memory"] > 0) == plays
+        assert (cell["bytes_up"] > 0) == plays
+        # new classes are learnt by statistics alone: no backward pass that needs memory
+        assert (cell["memory"] > 0) == (plays and (protocol, method) != ("class", "fallow"))
         assert sum(r["device_cpu_seconds"] for r in cell["rounds"]) == pytest.approx(
             cell["device_cpu_seconds"]
         )

@@ -274,7 +274,7 @@ def test_parity_sees_an_image_that_only_the_given_images_have(exported: Path) ->
     images = random_images(70)
     images[69] = 0
     assert parity(Flawed(), exported, images[:69], NORMALISATION, seed=0) < 1e-5
-    assert parity(Flawed(), exported, images, NORMALISATION, seed=0) == pytest.approx(1, abs=1e-4)
+    assert parity(Flawed(), exported, images, NORMALISATION, seed=0) > 0.1
 
 
 @pytest.mark.parametrize("value", [10.0, float("nan")])

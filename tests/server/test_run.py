@@ -24,6 +24,7 @@ from common.config import Config
 from common.data import split_holdout
 from common.errors import ConfigError, DataError, DiskError, RoundError, StoreError
 from common.filters import FreeSet, cut, is_off, parameter_count
+from common.memory import Memory
 from common.nets import build
 from common.scenario import Scenario
 from common.state import State, state_digest, write_state
@@ -53,7 +54,7 @@ QUICK: dict[str, Any] = {
     "max-drop": 1.0,
     "accept-drop": 1.0,
 }
-STEP = ["grow", "grow", "weigh", "consolidate", "consolidate", "judge"]
+STEP = ["look", "grow", "grow", "weigh", "consolidate", "consolidate", "judge"]
 
 
 def quick(**settings: Any) -> Config:
@@ -106,7 +107,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def light(
-    world: World, state: State, free: FreeSet, step: int, folder: Path, parent: str | None
+    world: World,
+    state: State,
+    free: FreeSet,
+    memory: Memory | None,
+    step: int,
+    folder: Path,
+    parent: str | None,
 ) -> Published:
     """Publish without the seconds that an ONNX export takes."""
     net = build("resnet8", 10, 1, 8)
@@ -137,7 +144,7 @@ def test_a_run_leaves_all_its_files_and_no_others(plain: Path) -> None:
         *(
             f"models/step-{step}/{name}"
             for step in (0, 1)
-            for name in ("model.safetensors", "free.json", "model.onnx")
+            for name in ("model.safetensors", "free.json", "memory.safetensors", "model.onnx")
         ),
     }
     assert len(list((plain / "checkpoints").glob("state-*.json"))) == 2
@@ -508,7 +515,7 @@ def test_a_brought_model_is_freed_on_the_devices_first(
     summary = play(config, tmp_path / "out")
     assert summary["prior"]["source"] == "brought"
     assert summary["prior"]["freed_share"] > 0.2
-    assert [r["phase"] for r in lines(tmp_path / "out")] == [*STEP[2:], *STEP]
+    assert [r["phase"] for r in lines(tmp_path / "out")] == [*STEP[3:], *STEP]
     assert {r["step"] for r in lines(tmp_path / "out")[:4]} == {0}
     assert summary["prior"]["attempts"][0]["accepted"]
     assert (tmp_path / "out" / "models" / "step-0" / "model.safetensors").exists()
@@ -592,7 +599,7 @@ def test_a_run_that_frees_less_is_told_in_full(
     config = quick(freeing=freeing, scope="all", steps=2, max_drop=0.9)
     summary = play(config, tmp_path / "out")
     phases = [line["phase"] for line in lines(tmp_path / "out")]
-    assert phases == (STEP if freeing == "steps" else ["grow", "grow"]) * 2
+    assert phases == (STEP if freeing == "steps" else ["look", "grow", "grow"]) * 2
     assert summary["status"] == "complete"
     assert _problem(summary, "summary") is None
     assert (summary["prior"]["freed_share"] > 0) == (freeing == "prior")
