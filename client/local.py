@@ -121,6 +121,8 @@ def carry_out(
     update, loss = None, 0.0
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
+    elif order.phase == "tally":
+        update = _class_sums(order, student, graph, own, accelerator)
     elif order.phase == "weigh":
         update = _scores(student, graph, own, order.batch)
         update = update if order.codec_up == "fp32" else encode_scores(update)
@@ -304,17 +306,22 @@ def _seen(
 ) -> np.ndarray:
     """Return packed statistics of the device's images."""
     if order.by_class:
-        trunk = cut(net, graph, order.free_set())
-        classes = order.net.classes
-        return class_sums(
-            trunk, graph.head, data.x, data.y, classes, accelerator=accelerator
-        ).pack()
+        return _class_sums(order, cut(net, graph, order.free_set()), graph, data, accelerator)
     stem = stem_conv(net)
     weight = np.frombuffer(base64.b64decode(order.stem), "<f4").copy()
     if not weight.size or weight.size % stem.weight[0].numel():
         raise UpdateError(f"the stem to look through has {weight.size} weights")
     stem.weight = nn.Parameter(torch.from_numpy(weight).view(-1, *stem.weight.shape[1:]))
     return stem_moments(stem, data.x, accelerator=accelerator).pack()
+
+
+def _class_sums(
+    order: Order, net: nn.Module, graph: FilterGraph, data: Labelled, accelerator: Accelerator
+) -> np.ndarray:
+    classes, layers = order.net.classes, order.layers
+    return class_sums(
+        net, graph.head, data.x, data.y, classes, layers=layers, accelerator=accelerator
+    ).pack()
 
 
 def _scores(net: nn.Module, graph: FilterGraph, data: Labelled, batch: int) -> np.ndarray:

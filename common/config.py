@@ -199,6 +199,16 @@ class Config(BaseModel):
     statistics_head: Literal["lda", "ridge", "ncm"] = Field(
         "lda", description="the classifier that class statistics make"
     )
+    statistics_features: Literal["all", "last"] = Field(
+        "all", description="they are taken of every layer's channels, or of the classifier's input"
+    )
+    statistics_most: int = Field(
+        150, ge=0, description="most features in the classifier that they make; 0 is all of them"
+    )
+    statistics_weight: NotNegative = Field(
+        0.25,
+        description="weight of class statistics beside an expert's own classifier; 0: not gathered",
+    )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"
     )

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.features import ClosedFormNet, Discriminant, ScaleShift
 from common.filters import BN_KINDS
 from common.gate import Gate, Moments, look, stem_conv
 from common.layout import Entry, Layout
@@ -79,6 +80,12 @@ class ExpertNet(nn.Module):
         Of all worlds, the first one's first.
     stem : tensor
         Weights of the first convolution through which the gate looks.
+    head : str
+        Name of the classifier.
+    beside : sequence of Discriminant or None
+        What statistics of each world's net say; None where there are none.
+    weight : float
+        Of these beside the net's own logits.
     """
 
     def __init__(
@@ -87,12 +94,22 @@ class ExpertNet(nn.Module):
         experts: Sequence[State],
         worlds: Sequence[Moments],
         stem: torch.Tensor,
+        head: str,
+        beside: Sequence[Discriminant | None],
+        weight: float,
     ) -> None:
         super().__init__()
         first = copy.deepcopy(trunk).eval()
         nets = [first, *(_expert(first, expert) for expert in experts)]
         self.stem = stem_conv(first, stem)
-        self.nets = nn.ModuleList([_without_bn(net) for net in nets])
+        self.nets = nn.ModuleList(
+            [
+                _without_bn(net)
+                if more is None
+                else ClosedFormNet(_without_bn(net), head, more, beside=weight)
+                for net, more in zip(nets, beside, strict=True)
+            ]
+        )
         self.gate = Gate(worlds)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,27 +133,11 @@ def _expert(trunk: nn.Module, changed: State) -> nn.Module:
     return net
 
 
-class _ScaleShift(nn.Module):
-    """A batch normalisation in inference."""
-
-    def __init__(self, bn: nn.BatchNorm2d) -> None:
-        super().__init__()
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        scale = bn.weight.detach() / torch.sqrt(bn.running_var + bn.eps)
-        shift = bn.bias.detach() - bn.running_mean * scale
-        self.scale = nn.Parameter(scale[:, None, None], requires_grad=False)
-        self.shift = nn.Parameter(shift[:, None, None], requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale + self.shift
-
-
 def _without_bn(net: nn.Module) -> nn.Module:
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             owner, _, leaf = name.rpartition(".")
-            setattr(net.get_submodule(owner), leaf, _ScaleShift(module))
+            setattr(net.get_submodule(owner), leaf, ScaleShift(module))
     return net
 
 

@@ -1,4 +1,4 @@
-"""What a net's channels see in an image, and class statistics of it that no gradient touches.
+"""What a net's channels see in an image, and classifiers of it that no gradient touches.
 
 Means and deviations of every layer's channels describe an image well enough to tell classes apart
 that the net was never trained on. Class counts, sums and one matrix of products over all classes
@@ -10,6 +10,7 @@ of FeCAM (Goswami et al., NeurIPS 2023) and Fed3R (Fani et al., ICML 2024).
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
@@ -22,40 +23,60 @@ from torch.nn import functional as F
 from common.accelerator import CPU, Accelerator
 from common.errors import UpdateError
 from common.gate import look
+from common.state import State
 
 _SHRINKAGE = 0.01
 Head = Literal["lda", "ridge", "ncm"]
+Layers = Literal["all", "last"]
 
 
 class FeatureNet(nn.Module):
-    """Maps images to features [B, D]: mean and deviation of every layer's channels.
-
-    Layers are the batch normalisations behind their ReLU, and what each residual block puts out.
+    """Maps images to features [B, D] and logits [B, classes].
 
     Parameters
     ----------
     net : nn.Module
-        Its tensors are shared, not copied; the classifier's output is not used.
+        Its tensors are shared, not copied.
     head : str
         Name of the classifier, whose input is a feature too.
+    layers : {"all", "last"}
+        Mean and deviation of every layer's channels (batch normalisations behind their ReLU) and
+        the classifier's input; or that input alone.
     """
 
-    def __init__(self, net: nn.Module, head: str) -> None:
+    def __init__(self, net: nn.Module, head: str, layers: Layers = "all") -> None:
         super().__init__()
         self.net = net
         self._seen: list[torch.Tensor] = []
         for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d | ScaleShift) and layers == "all":
                 module.register_forward_hook(partial(_collect, self._seen))
         net.get_submodule(head).register_forward_pre_hook(partial(_collect_input, self._seen))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the features of images [B, C, H, W]."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features and the logits of images [B, C, H, W]."""
         self._seen.clear()
-        self.net(x)
+        logits = self.net(x)
         features = torch.cat(list(self._seen), 1)
         self._seen.clear()
-        return features
+        return features, logits
+
+
+class ScaleShift(nn.Module):
+    """A batch normalisation in inference, which no exporter folds into weights that nets share."""
+
+    def __init__(self, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = bn.weight.detach() / torch.sqrt(bn.running_var + bn.eps)
+        shift = bn.bias.detach() - bn.running_mean * scale
+        self.scale = nn.Parameter(scale[:, None, None], requires_grad=False)
+        self.shift = nn.Parameter(shift[:, None, None], requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [B, C, H, W]."""
+        return x * self.scale + self.shift
 
 
 def _collect(
@@ -117,6 +138,38 @@ class ClassSums:
         second[np.triu_indices(size)] = upper
         return cls(counts, sums.reshape(classes, size), second + np.triu(second, 1).T)
 
+    def of_features(self, chosen: np.ndarray) -> ClassSums:
+        """Return those of some features alone."""
+        return ClassSums(self.counts, self.sums[:, chosen], self.second[np.ix_(chosen, chosen)])
+
+    def discriminant(self, kind: Head = "lda", most: int = 0) -> Discriminant:
+        """Return the classifier with at most `most` features; 0 is all of them.
+
+        Features whose weights move the scores least, within classes, are left out by fifths, the
+        others weighed again each time (recursive elimination, Guyon et al., Machine Learning
+        2002): a phone has fewer weights to store, and few images are overfitted less.
+        """
+        chosen = np.arange(self.sums.shape[1])
+        sums = self
+        while most and len(chosen) > most:
+            weight, _ = sums.classifier(kind)
+            weight = weight - weight.mean(0)
+            moved = (weight**2).sum(0) * np.diag(sums.within())
+            left = max(most, int(len(chosen) * _KEPT))
+            chosen = chosen[np.sort(np.argsort(-moved, kind="stable")[:left])]
+            sums = self.of_features(chosen)
+        weight, bias = sums.classifier(kind)
+        # Features are taken from their mean, or the scores would be small differences of large
+        # numbers.
+        centre = sums.sums.sum(0) / sums.counts.sum()
+        return Discriminant(chosen, centre, weight, bias + weight @ centre, self.counts > 0)
+
+    def within(self) -> np.ndarray:
+        """Covariance [D, D] around the class means."""
+        means = self.sums / np.maximum(self.counts, 1)[:, None]
+        between = (means * self.counts[:, None]).T @ means
+        return np.asarray((self.second - between) / self.counts.sum())
+
     def classifier(self, kind: Head = "lda") -> tuple[np.ndarray, np.ndarray]:
         """Return weight [C, D] and bias [C] of a linear classifier, all classes as likely.
 
@@ -130,8 +183,7 @@ class ClassSums:
         """
         there = self.counts > 0
         means = self.sums / np.maximum(self.counts, 1)[:, None]
-        within = self.second - (means * self.counts[:, None]).T @ means
-        covariance = within / self.counts.sum()
+        covariance = self.within()
         spread = np.clip(np.diag(covariance), 1e-10, None)
         covariance = covariance + np.diag(_SHRINKAGE * spread + 1e-10)
         if kind == "ridge":
@@ -159,6 +211,49 @@ class ClassSums:
 
 
 _NEVER = -1e6
+_KEPT = 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class Discriminant:
+    """A linear classifier of some features.
+
+    Attributes
+    ----------
+    chosen : int array [n]
+        Which features.
+    centre : float array [n]
+        Taken from them first.
+    weight, bias : float array [C, n], [C]
+        Of the scores.
+    there : bool array [C]
+        Classes that had an image; the bias of others is so low that no image overcomes it.
+    """
+
+    chosen: np.ndarray
+    centre: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    there: np.ndarray
+
+    def impartial(self) -> Discriminant:
+        """Return the same with scores around their mean, which is that of absent classes."""
+        there = self.there[:, None]
+        weight = np.where(there, self.weight - self.weight[self.there].mean(0), 0.0)
+        bias = np.where(self.there, self.bias - self.bias[self.there].mean(), 0.0)
+        return Discriminant(self.chosen, self.centre, weight, bias, self.there)
+
+    def as_state(self) -> State:
+        """Return all of it as tensors."""
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array))
+            for name, array in vars(self).items()
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> Self:
+        """Read what `as_state` wrote."""
+        return cls(**{name: tensor.numpy() for name, tensor in state.items()})
 
 
 def packed_size(classes: int, size: int) -> int:
@@ -174,40 +269,65 @@ def class_sums(
     labels: torch.Tensor,
     classes: int,
     *,
+    layers: Layers = "all",
     accelerator: Accelerator = CPU,
 ) -> ClassSums:
     """Return the class statistics of images [N, C, H, W]; `net` is left as it is."""
-    features = FeatureNet(copy.deepcopy(net).eval(), head)
-    parts = [features(chunk.to(accelerator.device)).cpu() for chunk in torch.split(x, 256)]
+    features = FeatureNet(copy.deepcopy(net).eval(), head, layers)
+    parts = [features(chunk.to(accelerator.device))[0].cpu() for chunk in torch.split(x, 256)]
     return ClassSums.of(torch.cat(parts), labels, classes)
 
 
 @torch.no_grad()
-def feature_size(net: nn.Module, head: str, input_shape: tuple[int, int, int]) -> int:
+def feature_size(
+    net: nn.Module, head: str, input_shape: tuple[int, int, int], layers: Layers = "all"
+) -> int:
     """Return the number of features of `net`."""
-    return int(FeatureNet(copy.deepcopy(net).eval(), head)(torch.zeros(1, *input_shape)).shape[1])
+    features = FeatureNet(copy.deepcopy(net).eval(), head, layers)
+    return int(features(torch.zeros(1, *input_shape))[0].shape[1])
 
 
 class ClosedFormNet(nn.Module):
-    """A net whose classifier is made of class statistics, for inference."""
+    """A net whose classifier is made of class statistics, alone or beside its own; for inference.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Its tensors are shared, not copied.
+    head : str
+        Name of its classifier.
+    discriminant : Discriminant
+        Made of statistics of the net's features.
+    layers : {"all", "last"}
+        Which features (see `FeatureNet`).
+    beside : float or None
+        Weight of the discriminant's scores beside the net's logits; None: these do not count.
+    """
 
     def __init__(
-        self, net: nn.Module, head: str, statistics: ClassSums, kind: Head = "lda"
+        self,
+        net: nn.Module,
+        head: str,
+        discriminant: Discriminant,
+        layers: Layers = "all",
+        beside: float | None = None,
     ) -> None:
         super().__init__()
-        self.features = FeatureNet(copy.deepcopy(net).eval(), head)
-        weight, bias = statistics.classifier(kind)
-        # Features are taken from their mean, or the scores would be small differences of large
-        # numbers.
-        centre = statistics.sums.sum(0) / statistics.counts.sum()
-        bias = bias + weight @ centre
-        self.classifier = nn.Linear(weight.shape[1], len(bias))
-        self.centre = nn.Parameter(torch.from_numpy(centre).float(), requires_grad=False)
+        self.features = FeatureNet(net, head, layers)
+        self.beside = beside is not None
+        if beside is not None:
+            discriminant = discriminant.impartial()
+        scale = 1.0 if beside is None else beside
+        self.register_buffer("chosen", torch.from_numpy(discriminant.chosen))
+        self.centre = nn.Parameter(torch.from_numpy(discriminant.centre).float(), False)
+        self.classifier = nn.Linear(discriminant.weight.shape[1], len(discriminant.bias))
         with torch.no_grad():
-            self.classifier.weight.copy_(torch.from_numpy(weight))
-            self.classifier.bias.copy_(torch.from_numpy(bias))
+            self.classifier.weight.copy_(torch.from_numpy(discriminant.weight * scale))
+            self.classifier.bias.copy_(torch.from_numpy(discriminant.bias * scale))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images [B, C, H, W] to discriminant scores [B, classes]."""
-        scores: torch.Tensor = self.classifier(self.features(x) - self.centre)
-        return scores
+        """Map images [B, C, H, W] to scores [B, classes]."""
+        features, logits = self.features(x)
+        chosen: torch.Tensor = self.get_buffer("chosen")
+        scores: torch.Tensor = self.classifier(features.index_select(1, chosen) - self.centre)
+        return logits + scores if self.beside else scores

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common.experts import ExpertNet
-from common.features import ClassSums, ClosedFormNet, Head
+from common.features import ClassSums, ClosedFormNet, Discriminant, Head, Layers
 from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments
 from common.state import State, write_state
@@ -43,6 +43,14 @@ class Memory:
         Whether the classifier is made of `classes`.
     head : {"lda", "ridge", "ncm"}
         Which classifier they make.
+    layers : {"all", "last"}
+        Of which features.
+    most : int
+        Of how many of them; 0 is all.
+    beside : tuple of Discriminant or None
+        For every expert, what statistics of its own features say; None where there are none.
+    weight : float
+        Of such statistics beside a net's own classifier.
     stand_in : bool
         Whether world 0 is guessed from batch normalisations, for want of the prior's data.
     """
@@ -55,6 +63,10 @@ class Memory:
     closed: bool = False
     stand_in: bool = False
     head: Head = "lda"
+    layers: Layers = "all"
+    most: int = 0
+    beside: tuple[Discriminant | None, ...] = ()
+    weight: float = 0.0
 
     @property
     def plain(self) -> bool:
@@ -63,18 +75,24 @@ class Memory:
 
     def as_state(self) -> State:
         """Return all of it as tensors (floats in float64)."""
-        head = get_args(Head).index(self.head)
-        flags = [self.closed, self.stand_in, len(self.worlds), len(self.experts), head]
+        head, layers = get_args(Head).index(self.head), get_args(Layers).index(self.layers)
+        counts = [len(self.worlds), len(self.experts)]
+        flags = [self.closed, self.stand_in, *counts, head, layers, self.most]
         state = {
             "stem": self.stem,
             "known": torch.tensor(self.known, dtype=torch.int64),
             "flags": torch.tensor([int(flag) for flag in flags]),
+            "weight": torch.tensor([self.weight], dtype=torch.float64),
         }
         for number, world in enumerate(self.worlds):
             parts = moments_as_state(world)
             state |= {f"world.{number}.{name}": tensor for name, tensor in parts.items()}
         for number, expert in enumerate(self.experts):
             state |= {f"expert.{number}.{name}": tensor for name, tensor in expert.items()}
+        for number, discriminant in enumerate(self.beside):
+            if discriminant is not None:
+                parts = discriminant.as_state()
+                state |= {f"beside.{number}.{name}": tensor for name, tensor in parts.items()}
         if self.classes is not None:
             state |= {f"classes.{k}": torch.from_numpy(v) for k, v in vars(self.classes).items()}
         return state
@@ -82,10 +100,14 @@ class Memory:
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> Memory:
         """Read what `as_state` wrote."""
-        closed, stand_in, worlds, experts, head = state["flags"].tolist()
+        closed, stand_in, worlds, experts, head, layers, most = state["flags"].tolist()
 
         def under(prefix: str) -> State:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        def discriminant(number: int) -> Discriminant | None:
+            parts = under(f"beside.{number}.")
+            return Discriminant.from_state(parts) if parts else None
 
         sums = {name: tensor.numpy() for name, tensor in under("classes.").items()}
         return cls(
@@ -97,7 +119,15 @@ class Memory:
             closed=bool(closed),
             stand_in=bool(stand_in),
             head=get_args(Head)[head],
+            layers=get_args(Layers)[layers],
+            most=most,
+            beside=tuple(discriminant(number) for number in range(experts)),
+            weight=float(state["weight"][0]),
         )
+
+    def discriminant(self) -> Discriminant | None:
+        """Return what the class statistics of the trunk's features say, if there are any."""
+        return None if self.classes is None else self.classes.discriminant(self.head, self.most)
 
 
 def moments_as_state(moments: Moments) -> State:
@@ -131,7 +161,16 @@ def assembled(
     trunk = trunk_of(net, graph, state, free)
     if memory is None or memory.plain:
         return trunk
+    first = memory.discriminant()
     if memory.closed:
-        assert memory.classes is not None
-        return ClosedFormNet(trunk, graph.head, memory.classes, memory.head)
-    return ExpertNet(trunk, memory.experts, memory.worlds, memory.stem)
+        assert first is not None
+        return ClosedFormNet(trunk, graph.head, first, memory.layers)
+    return ExpertNet(
+        trunk,
+        memory.experts,
+        memory.worlds,
+        memory.stem,
+        graph.head,
+        (first if memory.weight else None, *memory.beside),
+        memory.weight,
+    )

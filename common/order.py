@@ -20,7 +20,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Phase = Literal["look", "weigh", "grow", "consolidate", "judge"]
+Phase = Literal["look", "weigh", "grow", "tally", "consolidate", "judge"]
 
 
 class _Frozen(BaseModel):
@@ -78,7 +78,8 @@ class Order(_Frozen):
     phase : str
         ``look`` answers with statistics of the images (`common.gate`, `common.features`);
         ``grow`` and ``consolidate`` train; ``weigh`` measures the model and every filter's
-        importance; ``judge`` measures the model.
+        importance; ``tally`` answers with class statistics of the grown expert's features;
+        ``judge`` measures the model.
     base : str
         Digest of the model that the packed values refer to.
     regrown : Regrown or None
@@ -105,7 +106,9 @@ class Order(_Frozen):
     stem : str
         look: weights of the convolution to look through, float32 in base64.
     by_class : bool
-        look: answer with statistics of all features by class, not with those of the stem.
+        look: answer with statistics of the net's features by class, not with those of the stem.
+    layers : str
+        Which features these are (see `common.features.FeatureNet`).
     codec_up, codec_down : str
         How the update and the values travel; importances go in fp16 unless the update is ``fp32``.
     moved : str or None
@@ -149,6 +152,7 @@ class Order(_Frozen):
     expert_share: float = Field(0.0, ge=0, le=1)
     stem: str = ""
     by_class: bool = False
+    layers: Literal["all", "last"] = "all"
     codec_up: Codec = "fp32"
     codec_down: Codec = "fp32"
     moved: Digest | None = None

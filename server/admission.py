@@ -28,7 +28,7 @@ class Admission:
         self._rows = rows_of(self._layout)
         self._start = self._layout.pack(state.base) if state.values is None else state.values
         self._scored = 2 * plan.graph.count
-        self._statistics = statistics_size(plan, state) if order.phase == "look" else 0
+        self._statistics = statistics_size(plan, state) if order.phase in ("look", "tally") else 0
 
     def admit(self, reply: Reply, device: str) -> None:
         """Refuse an answer to another order, and one whose update is not sound.
@@ -57,7 +57,7 @@ class Admission:
         order, update = self.order, reply.update
         if update is None:
             raise UpdateError("no update in the reply")
-        if order.phase == "look":
+        if order.phase in ("look", "tally"):
             return check_values(update, self._statistics, "the statistics")
         if order.phase == "weigh":
             if order.codec_up == "fp32":

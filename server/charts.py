@@ -159,7 +159,7 @@ def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
 
 
 def _segment_of(record: dict[str, Any]) -> tuple[int, str, int]:
-    belongs = {"look": "grow", "weigh": "grow", "judge": "consolidate"}
+    belongs = {"look": "grow", "weigh": "grow", "tally": "grow", "judge": "consolidate"}
     phase = belongs.get(record["phase"], record["phase"])
     return record["step"], phase, record["attempt"]
 

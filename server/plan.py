@@ -1,11 +1,12 @@
 """Steps and phases as a pure state machine: (plan, state, outcome) -> state.
 
 A step begins with ``look``: statistics of the new images tell how to learn from them. Other
-classes are learnt by statistics alone, images of another world by an expert (``grow``, and that
-is all). Where nothing has shifted, the step goes ``grow`` (AOD) -> ``weigh`` (is the grown model
-better, which filters matter) -> ``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost
-accepted), back to ``consolidate`` with a smaller share where it is not, and on to the next step.
-Step 0 exists only for a prior whose filters nobody has freed yet; it has no ``grow``.
+classes are learnt by statistics alone. Images of another world are learnt by an expert: ``grow``,
+then ``tally``, class statistics of what it sees, for a second opinion beside its own classifier.
+Where nothing has shifted, the step goes ``grow`` (AOD) -> ``weigh`` (is the grown model better,
+which filters matter) -> ``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost accepted),
+back to ``consolidate`` with a smaller share where it is not, and on to the next step. Step 0
+exists only for a prior whose filters nobody has freed yet; it has no ``grow``.
 
 No function here does I/O or draws a random number, so a checkpoint is the state.
 """
@@ -24,7 +25,7 @@ from torch import nn
 
 from common.config import Config
 from common.experts import changed_by, expert_layout
-from common.features import ClassSums, feature_size
+from common.features import ClassSums, Discriminant, feature_size
 from common.features import packed_size as sums_size
 from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments, separation
@@ -251,7 +252,7 @@ def _perturbed(plan: Plan, state: State, step: int) -> State:
 
 def layout_of(plan: Plan, state: RunState) -> Layout:
     """Return the layout of the packed values in the present phase."""
-    if state.way == "expert" and state.phase == "grow":
+    if state.way == "expert" and state.phase in ("grow", "tally"):
         return _expert_layout(plan, state.free)
     if state.phase in ("look", "grow", "weigh"):
         return scope_layout(plan.config.scope, plan.graph, state.free, state.base)
@@ -280,7 +281,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
     """Return what the devices are asked to do next."""
     config = plan.config
     growing = state.phase == "grow"
-    expert = growing and state.way == "expert"
+    expert = state.way == "expert" and state.phase in ("grow", "tally")
     rounds = config.rounds if growing else config.consolidate_rounds
     peak = config.lr if growing else config.consolidate_lr
     peak = config.expert_lr if expert else peak
@@ -343,6 +344,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
         expert_share=config.expert_share if expert else 0.0,
         stem=_stem_text(state.memory) if looking and state.memory is not None else "",
         by_class=looking and state.round > 0,
+        layers=config.statistics_features,
         codec_up=config.codec_up,
         codec_down=config.codec_down,
         moved=None if state.shared is None else state.shared.moved.digest,
@@ -361,6 +363,7 @@ def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     steps = {
         "look": _after_look,
         "grow": _after_grow,
+        "tally": _after_tally,
         "weigh": _after_weigh,
         "consolidate": _after_consolidate,
         "judge": _after_judge,
@@ -376,7 +379,10 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     if done == config.rounds:
         outcome, tail = replace(outcome, values=tail), None
     if done == config.rounds and state.way == "expert":
-        return _after_expert(plan, state, outcome)
+        grown = replace(state, values=outcome.values, tail=None)
+        if config.statistics_weight:
+            return replace(grown, phase="tally", round=0)
+        return _after_expert(plan, grown, outcome, None)
     if done == config.rounds and config.freeing in ("prior", "never"):
         return _after_last_grow(plan, state, outcome)
     more: Phase = "grow" if done < config.rounds else "weigh"
@@ -598,8 +604,7 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     assert outcome.sums is not None
     present = [c for c, count in enumerate(outcome.class_counts) if count]
     if state.round > 0:
-        size = feature_size(_trunk(plan, state), plan.graph.head, plan.spec.input_shape)
-        new = ClassSums.unpack(outcome.sums, plan.spec.classes, size)
+        new = ClassSums.unpack(outcome.sums, plan.spec.classes, _feature_size(plan, state))
         assert memory.classes is not None
         memory = replace(
             memory,
@@ -645,17 +650,28 @@ def _prior(outcome: Outcome) -> float:
     return outcome.prior_right / outcome.heldout
 
 
-def _after_expert(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    assert outcome.sums is not None
+    classes = plan.spec.classes
+    sums = ClassSums.unpack(outcome.sums, classes, _feature_size(plan, state))
+    config = plan.config
+    beside = sums.discriminant(config.statistics_head, config.statistics_most)
+    return _after_expert(plan, state, outcome, beside)
+
+
+def _after_expert(
+    plan: Plan, state: RunState, outcome: Outcome, beside: Discriminant | None
+) -> RunState:
     """End a step with an expert, if it is better than what there was in its world.
 
-    The accuracy on held-out images is that of the model with which the last round began.
+    Without a tally the accuracy on held-out images is that of the model with which the last round
+    began.
     """
     memory, number = state.memory, state.world
     assert memory is not None
     assert state.seen is not None
     grown = replace(
         state,
-        values=outcome.values,
         heldout_prior=_prior(outcome),
         heldout_grown=outcome.right / outcome.heldout,
     )
@@ -663,13 +679,16 @@ def _after_expert(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         refusal = "the expert is worse than the model before it on the devices' held-out images"
         return _end_step(plan, grown, state.prior, state.free, grown.heldout_prior, refusal)
     expert = changed_by(layout_of(plan, state), current_model(plan, grown))
-    experts, worlds = list(memory.experts), list(memory.worlds)
+    experts, worlds, opinions = list(memory.experts), list(memory.worlds), list(memory.beside)
     if 0 < number < len(worlds):
-        experts[number - 1], worlds[number] = expert, worlds[number] + state.seen
+        experts[number - 1], opinions[number - 1] = expert, beside
+        worlds[number] = worlds[number] + state.seen
     else:
         experts.append(expert)
+        opinions.append(beside)
         worlds.append(state.seen)
-    grown = replace(grown, memory=replace(memory, experts=tuple(experts), worlds=tuple(worlds)))
+    memory = replace(memory, experts=tuple(experts), worlds=tuple(worlds), beside=tuple(opinions))
+    grown = replace(grown, memory=memory)
     return _end_step(plan, grown, state.prior, state.free, grown.heldout_grown, None)
 
 
@@ -701,10 +720,14 @@ def _stem_text(memory: Memory) -> str:
 def statistics_size(plan: Plan, state: RunState) -> int:
     """Return how many values a device's statistics have in this look."""
     assert state.memory is not None
-    if state.round == 0:
+    if state.phase == "look" and state.round == 0:
         return moments_size(len(state.memory.worlds[0].total))
-    size = feature_size(_trunk(plan, state), plan.graph.head, plan.spec.input_shape)
-    return sums_size(plan.spec.classes, size)
+    return sums_size(plan.spec.classes, _feature_size(plan, state))
+
+
+def _feature_size(plan: Plan, state: RunState) -> int:
+    trunk, shape = _trunk(plan, state), plan.spec.input_shape
+    return feature_size(trunk, plan.graph.head, shape, plan.config.statistics_features)
 
 
 def rounds_left(plan: Plan, state: RunState) -> int:
@@ -715,6 +738,7 @@ def rounds_left(plan: Plan, state: RunState) -> int:
     if state.way == "expert" or state.phase == "look":
         # no more than a guess: what the next steps need is known once they have looked
         growing = config.rounds - (state.round if state.phase == "grow" else 0)
+        growing = 1 if state.phase == "tally" else growing
         return growing + (config.steps - state.step) * config.rounds
     of_step = {
         "grow": config.rounds,

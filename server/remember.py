@@ -33,7 +33,8 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
         What it was trained on. Without them world 0 is guessed from the first batch
         normalisation, all classes count as known, and there are no class statistics.
     """
-    if plan.config.shift == "never":
+    config = plan.config
+    if config.shift == "never":
         return None
     trunk = trunk_of(plan.net, plan.graph, state, free)
     stem = stem_conv(trunk)
@@ -47,8 +48,13 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
         weight,
         (stem_moments(stem, data.x),),
         known=tuple(torch.unique(data.y).tolist()),
-        classes=class_sums(trunk, plan.graph.head, data.x, data.y, classes),
-        head=plan.config.statistics_head,
+        classes=class_sums(
+            trunk, plan.graph.head, data.x, data.y, classes, layers=config.statistics_features
+        ),
+        head=config.statistics_head,
+        layers=config.statistics_features,
+        most=config.statistics_most,
+        weight=config.statistics_weight,
     )
 
 

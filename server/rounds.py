@@ -242,7 +242,7 @@ def _aggregate(
             sum(counts) for counts in zip(*(r.class_counts for r in reports), strict=True)
         ),
     )
-    if state.phase == "look":
+    if state.phase in ("look", "tally"):
         sums = sum(admission.decoded(reply).astype(np.float64) for reply in replies.values())
         return replace(outcome, sums=np.asarray(sums)), math.nan
     if state.phase == "weigh":

@@ -46,6 +46,8 @@ WHOLE: Settings = {
 """Plain federated learning of the whole net: cross-entropy, nothing freed."""
 INT8: Settings = {"codec_up": "int8", "codec_down": "int8"}
 
+LAST: Settings = {"shift": "statistics", "statistics_features": "last"}
+
 _ALL = (
     Method("prior", "the prior model, never changed", {}, "frozen"),
     Method("fedavg", "FedAvg fine-tuning (McMahan et al., AISTATS 2017)", WHOLE),
@@ -92,22 +94,38 @@ _ALL = (
     Method(
         "lda",
         "LDA on the frozen prior's features, from class statistics (FeCAM, NeurIPS 2023)",
-        {**WHOLE, "shift": "statistics"},
+        {**WHOLE, **LAST},
     ),
     Method(
         "ridge",
         "ridge regression on them (Fed3R, Fani et al., ICML 2024)",
-        {**WHOLE, "shift": "statistics", "statistics_head": "ridge"},
+        {**WHOLE, **LAST, "statistics_head": "ridge"},
     ),
     Method(
         "ncm",
         "nearest class mean on them",
-        {**WHOLE, "shift": "statistics", "statistics_head": "ncm"},
+        {**WHOLE, **LAST, "statistics_head": "ncm"},
+    ),
+    Method(
+        "lda-deep",
+        "LDA as fallow has it, on every layer of the prior, which nobody has freed",
+        {**WHOLE, "shift": "statistics"},
+    ),
+    Method(
+        "statistics",
+        "fallow that learns by class statistics alone, whatever shifts",
+        {"shift": "statistics"},
     ),
     Method(
         "two-models",
         "a whole model for every world behind the same gate: an upper bound, twice the size",
-        {**WHOLE, "shift": "auto", "expert_share": 1.0, "expert_lr": 0.03},
+        {
+            **WHOLE,
+            "shift": "auto",
+            "expert_share": 1.0,
+            "expert_lr": 0.03,
+            "statistics_weight": 0.0,
+        },
     ),
     Method(
         "random-mask",
@@ -119,6 +137,11 @@ _ALL = (
         "no-rotations",
         "fallow whose first freeing does not ask how images are turned",
         {"rotations": 0.0},
+    ),
+    Method(
+        "no-statistics",
+        "fallow whose experts answer by their own classifiers alone",
+        {"statistics_weight": 0.0},
     ),
     Method("no-reinit", "fallow without re-initialisation of what is freed", {"regrow": False}),
     Method("no-distillation", "fallow without a teacher while growing", {"kd_teacher": "none"}),

@@ -80,6 +80,7 @@ ORDER: dict[str, Any] = {
     "expert_share": 0.05,
     "stem": "AACAPw==",
     "by_class": True,
+    "layers": "last",
     "codec_up": "int8",
     "codec_down": "int4",
     "moved": DIGEST,
@@ -279,7 +280,7 @@ def test_what_is_no_order_at_all_is_refused_in_one_short_line(text: str) -> None
 
 
 def test_every_phase_and_scope_can_be_ordered() -> None:
-    for phase in ("look", "weigh", "grow", "consolidate", "judge"):
+    for phase in ("look", "weigh", "grow", "tally", "consolidate", "judge"):
         assert read_order(changed("phase", phase)).phase == phase
     for scope in ("rows", "group", "all", "expert"):
         assert read_order(changed("scope", scope)).scope == scope
