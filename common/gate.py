@@ -10,6 +10,7 @@ several experts is mixed by it (`common.worlds`).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -166,6 +167,36 @@ def separation(a: Moments, b: Moments, rng: np.random.Generator, draws: int = 20
         posterior = gate(torch.from_numpy(drawn).float())
         right += float((posterior.argmax(1) == number).float().mean()) / 2
     return right
+
+
+def likened(guess: Moments, seen: Moments) -> Moments:
+    """Return a world of which only the channels' means are known, as spread out as another one.
+
+    Parameters
+    ----------
+    guess : Moments
+        Its mean of the first half of the features [d / 2], the channels' means, is taken.
+    seen : Moments
+        Of real images, whose deviations and covariance are taken.
+    """
+    mean = seen.mean.copy()
+    channels = len(mean) // 2
+    mean[:channels] = guess.mean[:channels]
+    raw = seen.second / seen.count - np.outer(seen.mean, seen.mean)
+    count = guess.count
+    return Moments(count, count * mean, count * (raw + np.outer(mean, mean)))
+
+
+def separation_by_channel(a: Moments, b: Moments) -> float:
+    """Return how often the best single channel's mean would tell two worlds apart, in [0, 1].
+
+    For worlds of which no covariance is known: what correlated channels add up to would be a
+    guess about the guess.
+    """
+    channels = len(a.total) // 2
+    spread = np.sqrt(np.diag(b.covariance))
+    gap = np.abs(a.mean - b.mean)[:channels] / spread[:channels]
+    return 0.5 * (1 + math.erf(float(gap.max()) / 2 / math.sqrt(2)))
 
 
 def _fixed(values: np.ndarray) -> nn.Parameter:

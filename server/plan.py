@@ -28,7 +28,7 @@ from common.experts import changed_by, expert_layout
 from common.features import ClassSums, Discriminant, feature_size
 from common.features import packed_size as sums_size
 from common.filters import FilterGraph, FreeSet, cut
-from common.gate import Moments, separation
+from common.gate import Moments, likened, separation, separation_by_channel
 from common.gate import packed_size as moments_size
 from common.importance import bn_scale, choose, combine_ranks, random_scores
 from common.layout import Layout, consolidation_layout, scope_layout
@@ -619,6 +619,8 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     by_class = plan.config.shift == "statistics" or memory.closed or new_classes
     if by_class and memory.classes is not None:
         return replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
+    if memory.stand_in and memory.plain:
+        memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
     world = _world(plan, memory, seen, state.step)
     if world == 0 and memory.plain:
         growing = _begin_growing(plan, state.step, state.prior, state.free, state.finished)
@@ -632,6 +634,7 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         round=0,
         base=base,
         way="expert",
+        memory=memory,
         seen=seen,
         class_counts=outcome.class_counts,
         world=world,
@@ -642,6 +645,8 @@ def _world(plan: Plan, memory: Memory, seen: Moments, step: int) -> int:
     """Return the world that images belong to; one more than there are if it is another one."""
     rng = numpy_rng("separation", plan.config.seed, step)
     gaps = [separation(world, seen, rng) for world in memory.worlds]
+    if memory.stand_in:
+        gaps[0] = separation_by_channel(memory.worlds[0], seen)
     nearest = int(np.argmin(gaps))
     return nearest if gaps[nearest] < plan.config.world_gap else len(memory.worlds)
 

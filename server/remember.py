@@ -16,8 +16,6 @@ from common.train import Labelled
 from server.plan import Plan
 
 _STAND_IN_IMAGES = 1000.0
-_STAND_IN_SPREAD = 0.5
-"""Between images, of a channel's mean, as a share of its deviation over all pixels."""
 
 
 def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -> Memory | None:
@@ -59,12 +57,14 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
 
 
 def _guess(trunk: nn.Module) -> Moments:
-    """Return world 0 as its first batch normalisation saw it: means and variances, no more."""
+    """Return world 0 as its first batch normalisation saw it: the channels' means are right.
+
+    Everything else is filled in when the first new images are seen (`common.gate.likened`).
+    """
     bn = next(module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d))
     assert bn.running_mean is not None
     assert bn.running_var is not None
     deviation = bn.running_var.sqrt().double().numpy()
     mean = np.concatenate([bn.running_mean.double().numpy(), deviation])
-    spread = np.concatenate([deviation, deviation]) * _STAND_IN_SPREAD
-    second = np.diag(spread**2) + np.outer(mean, mean)
+    second = np.diag(np.tile(deviation**2, 2)) + np.outer(mean, mean)
     return Moments(_STAND_IN_IMAGES, _STAND_IN_IMAGES * mean, _STAND_IN_IMAGES * second)
