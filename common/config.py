@@ -203,7 +203,9 @@ class Config(BaseModel):
         "all", description="they are taken of every layer's channels, or of the classifier's input"
     )
     statistics_most: int = Field(
-        150, ge=0, description="most features in the classifier that they make; 0 is all of them"
+        150,
+        ge=0,
+        description="most features in what they say beside an expert's classifier; 0: all",
     )
     statistics_weight: NotNegative = Field(
         0.25,

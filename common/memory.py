@@ -46,7 +46,7 @@ class Memory:
     layers : {"all", "last"}
         Of which features.
     most : int
-        Of how many of them; 0 is all.
+        Of how many of them at most, beside a net's own classifier; 0 is all.
     beside : tuple of Discriminant or None
         For every expert, what statistics of its own features say; None where there are none.
     weight : float
@@ -125,10 +125,6 @@ class Memory:
             weight=float(state["weight"][0]),
         )
 
-    def discriminant(self) -> Discriminant | None:
-        """Return what the class statistics of the trunk's features say, if there are any."""
-        return None if self.classes is None else self.classes.discriminant(self.head, self.most)
-
 
 def moments_as_state(moments: Moments) -> State:
     """Return moments as tensors, every bit of them."""
@@ -161,16 +157,17 @@ def assembled(
     trunk = trunk_of(net, graph, state, free)
     if memory is None or memory.plain:
         return trunk
-    first = memory.discriminant()
+    sums = memory.classes
     if memory.closed:
-        assert first is not None
-        return ClosedFormNet(trunk, graph.head, first, memory.layers)
+        assert sums is not None
+        return ClosedFormNet(trunk, graph.head, sums.discriminant(memory.head), memory.layers)
+    first = sums.discriminant(memory.head, memory.most) if sums and memory.weight else None
     return ExpertNet(
         trunk,
         memory.experts,
         memory.worlds,
         memory.stem,
         graph.head,
-        (first if memory.weight else None, *memory.beside),
+        (first, *memory.beside),
         memory.weight,
     )

@@ -147,17 +147,17 @@ class Order(_Frozen):
     class_counts: list[Annotated[int, Field(ge=0)]]
     anneal: tuple[float, float, Positive]
     heldout: float = Field(gt=0, le=0.5)
-    rotations: float = Field(0.0, ge=0)
-    trunk: Digest | None = None
-    expert_share: float = Field(0.0, ge=0, le=1)
-    stem: str = ""
-    by_class: bool = False
-    layers: Literal["all", "last"] = "all"
-    codec_up: Codec = "fp32"
-    codec_down: Codec = "fp32"
-    moved: Digest | None = None
-    since: Digest | None = None
-    feedback: Digest | None = None
+    rotations: float = Field(ge=0)
+    trunk: Digest | None
+    expert_share: float = Field(ge=0, le=1)
+    stem: str
+    by_class: bool
+    layers: Literal["all", "last"]
+    codec_up: Codec
+    codec_down: Codec
+    moved: Digest | None
+    since: Digest | None
+    feedback: Digest | None
 
     def free_set(self) -> FreeSet:
         """Return `free` as a free set."""

@@ -106,6 +106,17 @@ class World:
             class_counts=[],
             anneal=(0.2, 0.4, 0.6),
             heldout=0.2,
+            rotations=0.0,
+            trunk=None,
+            expert_share=0.0,
+            stem="",
+            by_class=False,
+            layers="all",
+            codec_up="fp32",
+            codec_down="fp32",
+            moved=None,
+            since=None,
+            feedback=None,
         ).model_copy(update=changes)
         return order.model_copy(update={"layout": self.layout(order).digest})
 
