@@ -320,7 +320,14 @@ def _class_sums(
 ) -> np.ndarray:
     classes, layers = order.net.classes, order.layers
     return class_sums(
-        net, graph.head, data.x, data.y, classes, layers=layers, accelerator=accelerator
+        net,
+        graph.head,
+        data.x,
+        data.y,
+        classes,
+        layers=layers,
+        mirror=order.flip,
+        accelerator=accelerator,
     ).pack()
 
 

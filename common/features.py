@@ -270,12 +270,25 @@ def class_sums(
     classes: int,
     *,
     layers: Layers = "all",
+    mirror: bool = False,
     accelerator: Accelerator = CPU,
 ) -> ClassSums:
-    """Return the class statistics of images [N, C, H, W]; `net` is left as it is."""
+    """Return the class statistics of images [N, C, H, W]; `net` is left as it is.
+
+    With `mirror` an image counts half as it is and half mirrored: more is known of a class from
+    as many images.
+    """
     features = FeatureNet(copy.deepcopy(net).eval(), head, layers)
-    parts = [features(chunk.to(accelerator.device))[0].cpu() for chunk in torch.split(x, 256)]
-    return ClassSums.of(torch.cat(parts), labels, classes)
+
+    def sums(images: torch.Tensor) -> ClassSums:
+        chunks = torch.split(images, 256)
+        parts = [features(chunk.to(accelerator.device))[0].cpu() for chunk in chunks]
+        return ClassSums.of(torch.cat(parts), labels, classes)
+
+    if not mirror:
+        return sums(x)
+    both = sums(x) + sums(x.flip(3))
+    return ClassSums(both.counts / 2, both.sums / 2, both.second / 2)
 
 
 @torch.no_grad()

@@ -325,7 +325,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
         weight_decay=config.weight_decay,
         prox=config.prox if growing else 0.0,
         crop=crop_of(config, plan.spec),
-        flip=config.flip and plan.spec.input_shape[0] == 3,
+        flip=mirrors(config, plan.spec),
         teaching=Teaching(
             weight=state.kd_weight,
             temperature=config.kd_temperature,
@@ -356,6 +356,11 @@ def order_of(plan: Plan, state: RunState) -> Order:
 def crop_of(config: Config, spec: NetSpec) -> int:
     """Return the padding of the random crop, in pixels."""
     return config.crop if config.crop >= 0 else spec.input_shape[1] // 8
+
+
+def mirrors(config: Config, spec: NetSpec) -> bool:
+    """Return whether a mirrored image is as good as the image: not where it may be grey text."""
+    return config.flip and spec.input_shape[0] == 3
 
 
 def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:

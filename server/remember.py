@@ -13,7 +13,7 @@ from common.gate import Moments, stem_conv, stem_moments
 from common.memory import Memory, trunk_of
 from common.state import State
 from common.train import Labelled
-from server.plan import Plan
+from server.plan import Plan, mirrors
 
 _STAND_IN_IMAGES = 1000.0
 
@@ -47,7 +47,13 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
         (stem_moments(stem, data.x),),
         known=tuple(torch.unique(data.y).tolist()),
         classes=class_sums(
-            trunk, plan.graph.head, data.x, data.y, classes, layers=config.statistics_features
+            trunk,
+            plan.graph.head,
+            data.x,
+            data.y,
+            classes,
+            layers=config.statistics_features,
+            mirror=mirrors(config, plan.spec),
         ),
         head=config.statistics_head,
         layers=config.statistics_features,

@@ -186,6 +186,16 @@ def test_a_closed_form_net_answers_by_its_statistics_alone_or_beside_its_classif
     torch.testing.assert_close(beside, logits + opinion, rtol=1e-3, atol=1e-3)
 
 
+def test_a_mirrored_image_counts_half() -> None:
+    net, x, labels = small_net(), images(), torch.arange(40) % CLASSES
+    mirrored = class_sums(net, "fc", x, labels, CLASSES, mirror=True)
+    plain = class_sums(net, "fc", x, labels, CLASSES)
+    other = class_sums(net, "fc", x.flip(3), labels, CLASSES)
+    np.testing.assert_array_equal(mirrored.counts, plain.counts)
+    np.testing.assert_allclose(mirrored.sums, (plain.sums + other.sums) / 2)
+    np.testing.assert_allclose(mirrored.second, (plain.second + other.second) / 2)
+
+
 def test_statistics_leave_the_net_as_it_is() -> None:
     net, x = small_net().train(), images()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
