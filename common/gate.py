@@ -53,11 +53,17 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Covariance [d, d] with a little more on its diagonal (see `_SHRINKAGE`)."""
+        """Covariance [d, d] with a little more on its diagonal (see `_SHRINKAGE`).
+
+        Positive definite also where float32 sums on the wire have left little of it, as of images
+        that are all alike.
+        """
         mean = self.mean
         raw = self.second / self.count - np.outer(mean, mean)
         variance = np.clip(np.diag(raw), 1e-10, None)
-        return np.asarray(raw + np.diag(_SHRINKAGE * variance + 1e-10))
+        spread, axes = np.linalg.eigh(raw + np.diag(_SHRINKAGE * variance + 1e-10))
+        least = 1e-7 * np.square(mean).max() + 1e-10
+        return np.asarray((axes * np.clip(spread, least, None)) @ axes.T)
 
     def pack(self) -> np.ndarray:
         """Return what travels: count, sum and the upper triangle of the products, float32."""

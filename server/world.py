@@ -18,7 +18,7 @@ from common.order import NetSpec
 from common.scenario import Scenario, scenario_of
 from common.seeds import numpy_rng
 from common.store import read_state_and_header
-from server.plan import Plan, crop_of
+from server.plan import Plan, crop_of, mirrors
 from server.prior import make_net
 
 
@@ -51,7 +51,7 @@ class World:
     def augment(self) -> Augment:
         """Of training images."""
         spec = self.plan.spec
-        return Augment(crop_of(self.config, spec), self.config.flip and spec.input_shape[0] == 3)
+        return Augment(crop_of(self.config, spec), mirrors(self.config, spec))
 
 
 def open_world(config: Config) -> World:

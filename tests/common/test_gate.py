@@ -99,6 +99,16 @@ def test_dark_images_are_another_world_to_the_first_convolution_and_alike_ones_a
     assert separation(first, dark, rng) > 0.99
 
 
+def test_images_that_are_all_alike_are_a_world_too() -> None:
+    features = torch.full((50, 6), 40.0) + 1e-4 * drawn(0.0, 50)
+    packed = Moments.of(features).pack().astype(np.float64)  # float32 leaves nothing of the spread
+    alike = Moments.unpack(packed, 6)
+    assert np.linalg.eigvalsh(alike.covariance).min() > 0
+    rng = np.random.default_rng(0)
+    assert separation(alike, Moments.of(drawn(0.0)), rng) > 0.99
+    assert torch.isfinite(Gate([alike, Moments.of(drawn(0.0))])(features)).all()
+
+
 def test_a_look_is_mean_and_deviation_of_every_channel() -> None:
     x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     expected = torch.cat([x.mean((2, 3)), x.flatten(2).std(2, correction=0)], 1)

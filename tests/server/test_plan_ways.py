@@ -1,0 +1,272 @@
+"""How a step learns: decided by what the devices' statistics say, never by an image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fake_grid import SPEC, freed_prior, make_plan
+
+from common.data import ImageSet
+from common.experts import ExpertNet, expert_layout
+from common.features import ClassSums, ClosedFormNet, class_sums
+from common.gate import Moments, stem_conv, stem_moments
+from common.memory import Memory, assembled, trunk_of
+from common.state import State, read_state, state_digest
+from common.train import predict
+from server.plan import (
+    Outcome,
+    Plan,
+    RunState,
+    advance,
+    current_model,
+    layout_of,
+    order_of,
+    rounds_left,
+    start,
+    statistics_size,
+)
+from server.remember import remember
+
+HELDOUT, CLASSES = 100, SPEC.classes
+
+
+def images(count: int = 120, seed: int = 0, classes: int = CLASSES) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    channels, height, width = SPEC.input_shape
+    pixels = rng.integers(0, 256, (count, height, width, channels), np.uint8)
+    labels = np.arange(count) % classes
+    return ImageSet(pixels, labels, tuple(str(c) for c in range(CLASSES)))
+
+
+def x_of(some: ImageSet, shift: float = 0.0) -> torch.Tensor:
+    x = torch.from_numpy(some.images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (SPEC.mean, SPEC.std))
+    return (x - mean) / std + shift
+
+
+def begin(plan: Plan, *, known: ImageSet | None = None) -> RunState:
+    state, free = freed_prior(plan)
+    return start(plan, state, free, remember(plan, state, free, known or images()))
+
+
+def counts(classes: int) -> tuple[int, ...]:
+    return tuple(20 if c < classes else 0 for c in range(CLASSES))
+
+
+def looked(plan: Plan, state: RunState, shift: float = 0.0, classes: int = CLASSES) -> RunState:
+    """What devices whose images are brighter by `shift` make of the first look."""
+    assert state.memory is not None
+    stem = stem_conv(trunk_of(plan.net, plan.graph, state.prior, state.free), state.memory.stem)
+    seen = stem_moments(stem, x_of(images(seed=1), shift)).pack()
+    assert seen.shape == (statistics_size(plan, state),)
+    return advance(plan, state, told(seen, classes))
+
+
+def told(sums: np.ndarray, classes: int = CLASSES, right: int = 60) -> Outcome:
+    known = counts(classes)
+    return Outcome(None, HELDOUT, right, 50, 40, class_counts=known, sums=sums.astype(np.float64))
+
+
+def trained(plan: Plan, state: RunState) -> RunState:
+    """A round of an expert that learns a little."""
+    layout = layout_of(plan, state)
+    values = layout.pack(current_model(plan, state)) + np.float32(0.01)
+    return advance(plan, state, Outcome(values, HELDOUT, 60, 50, 40, class_counts=counts(CLASSES)))
+
+
+def memory_of(state: RunState) -> Memory:
+    assert state.memory is not None
+    return state.memory
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(steps=2, rounds=2)
+
+
+# which way
+
+
+def test_a_step_begins_with_a_look_through_the_priors_first_convolution(plan: Plan) -> None:
+    state = begin(plan)
+    order = order_of(plan, state)
+    assert (state.phase, order.phase, order.by_class) == ("look", "look", False)
+    assert order.stem
+    assert order.lr == 0
+
+
+def test_nothing_is_looked_at_where_shifts_are_not_asked_for() -> None:
+    state = begin(make_plan(shift="never", rounds=2))
+    assert (state.memory, state.phase) == (None, "grow")
+
+
+def test_images_like_the_priors_are_learnt_by_the_whole_net(plan: Plan) -> None:
+    state = looked(plan, begin(plan))
+    assert (state.way, state.phase) == ("whole", "grow")
+    assert state.seen is not None
+    order = order_of(plan, state)
+    assert (order.scope, order.regrown is None) == (plan.config.scope, False)
+
+
+def test_images_of_another_world_are_learnt_by_an_expert(plan: Plan) -> None:
+    state = looked(plan, begin(plan), shift=2.0)
+    assert (state.way, state.phase, state.world) == ("expert", "grow", 1)
+    order = order_of(plan, state)
+    assert (order.scope, order.teaching.teacher) == ("expert", "none")
+    assert order.trunk == state_digest(state.prior)
+    trunk = trunk_of(plan.net, plan.graph, state.prior, state.free)
+    assert state.base_digest == state_digest(read_state(trunk))
+    layout = expert_layout(trunk, plan.graph.head, plan.config.expert_share)
+    assert order.layout == layout.digest
+
+
+def test_new_classes_are_learnt_by_statistics_and_end_the_step(plan: Plan) -> None:
+    state = begin(plan, known=images(classes=2))
+    again = looked(plan, state)
+    assert (again.way, again.phase, again.round) == ("classes", "look", 1)
+    assert order_of(plan, again).by_class
+    trunk = trunk_of(plan.net, plan.graph, again.prior, again.free)
+    new = class_sums(
+        trunk, plan.graph.head, x_of(images(seed=2)), torch.arange(120) % CLASSES, CLASSES
+    )
+    done = advance(plan, again, told(new.pack()))
+    assert (done.step, done.phase) == (2, "look")
+    assert done.finished[-1].way == "classes"
+    memory = memory_of(done)
+    assert memory.closed
+    assert memory.known == tuple(range(CLASSES))
+    assert memory.classes is not None
+    assert memory_of(state).classes is not None
+    np.testing.assert_allclose(
+        memory.classes.counts,
+        memory_of(state).classes.counts + new.counts,  # type: ignore[union-attr]
+    )
+    assert state_digest(done.prior) == state_digest(state.prior)
+    net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
+    assert isinstance(net, ClosedFormNet)
+
+
+def test_statistics_can_be_asked_for_whatever_comes() -> None:
+    plan = make_plan(shift="statistics", rounds=2)
+    assert looked(plan, begin(plan), shift=2.0).way == "classes"
+
+
+# experts
+
+
+def grown(plan: Plan, state: RunState, shift: float) -> RunState:
+    state = looked(plan, state, shift)
+    while state.phase == "grow":
+        state = trained(plan, state)
+    return state
+
+
+def tallied(plan: Plan, state: RunState, right: int = 60) -> RunState:
+    order = order_of(plan, state)
+    assert (order.phase, order.scope, order.lr) == ("tally", "expert", 0)
+    rng = torch.Generator().manual_seed(0)
+    size = statistics_size(plan, state)
+    features = 0
+    while CLASSES * (1 + features) + features * (features + 1) // 2 < size:
+        features += 1
+    sums = ClassSums.of(
+        torch.randn(90, features, generator=rng), torch.arange(90) % CLASSES, CLASSES
+    )
+    return advance(plan, state, told(sums.pack(), right=right))
+
+
+def test_an_expert_is_kept_with_its_world_and_a_second_opinion(plan: Plan) -> None:
+    first = begin(plan)
+    state = grown(plan, first, 2.0)
+    expert = current_model(plan, state)
+    done = tallied(plan, state)
+    memory = memory_of(done)
+    assert (done.step, done.phase) == (2, "look")
+    assert done.finished[-1].way == "expert"
+    assert (len(memory.worlds), len(memory.experts), len(memory.beside)) == (2, 1, 1)
+    assert all(torch.equal(expert[name], t) for name, t in memory.experts[0].items())
+    assert memory.beside[0] is not None
+    assert len(memory.beside[0].chosen) <= plan.config.statistics_most
+    assert state_digest(done.prior) == state_digest(first.prior)
+    net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
+    assert isinstance(net, ExpertNet)
+    assert all(isinstance(one, ClosedFormNet) for one in net.nets)
+
+
+def test_old_images_keep_their_answers_when_a_world_is_added() -> None:
+    plan = make_plan(steps=2, rounds=2, statistics_weight=0.0)
+    first = begin(plan)
+    done = grown(plan, first, 3.0)
+    assert done.step == 2  # nothing is tallied
+    before = trunk_of(plan.net, plan.graph, first.prior, first.free)
+    after = assembled(plan.net, plan.graph, done.prior, done.free, done.memory)
+    x = x_of(images(seed=5))
+    assert torch.equal(predict(before, x).argmax(1), predict(after.eval(), x).argmax(1))
+
+
+def test_a_world_that_comes_again_gets_its_expert_trained_on(plan: Plan) -> None:
+    done = tallied(plan, grown(plan, begin(plan), 2.0))
+    again = looked(plan, done, shift=2.0)
+    assert (again.way, again.world) == ("expert", 1)
+    expert = memory_of(done).experts[0]
+    assert all(torch.equal(again.base[name], tensor) for name, tensor in expert.items())
+    more = tallied(plan, trained(plan, trained(plan, again)))
+    assert len(memory_of(more).experts) == 1
+    assert memory_of(more).worlds[1].count == 2 * memory_of(done).worlds[1].count
+
+
+def test_an_expert_that_is_worse_is_refused_and_nothing_is_remembered(plan: Plan) -> None:
+    first = begin(plan)
+    done = tallied(plan, grown(plan, first, 2.0), right=41)
+    assert "worse" in (done.finished[-1].refusal or "")
+    assert state_digest(memory_of(done).as_state()) == state_digest(memory_of(first).as_state())
+
+
+def test_the_rounds_left_fall_by_one_until_a_step_is_over(plan: Plan) -> None:
+    state = looked(plan, begin(plan), shift=2.0)
+    left = []
+    while state.step == 1:
+        left.append(rounds_left(plan, state))
+        state = trained(plan, state) if state.phase == "grow" else tallied(plan, state)
+    assert left == sorted(left, reverse=True)
+
+
+# what is remembered
+
+
+def test_training_the_whole_net_outdates_class_statistics_and_widens_the_world(
+    plan: Plan,
+) -> None:
+    plan = make_plan(steps=2, rounds=1, freeing="never", scope="all")
+    first = begin(plan)
+    state = looked(plan, first)
+    layout = layout_of(plan, state)
+    values = layout.pack(state.base)
+    done = advance(plan, state, Outcome(values, HELDOUT, 60, 50, 40, class_counts=counts(CLASSES)))
+    memory = memory_of(done)
+    assert memory.classes is None
+    assert memory.worlds[0].count == memory_of(first).worlds[0].count + 120
+
+
+def test_a_brought_priors_world_is_guessed_and_said(plan: Plan) -> None:
+    state, free = freed_prior(plan)
+    memory = remember(plan, state, free, None)
+    assert memory is not None
+    assert memory.stand_in
+    assert memory.classes is None
+    assert memory.known == tuple(range(CLASSES))
+    assert looked(plan, start(plan, state, free, memory), shift=40.0).way == "expert"
+
+
+def test_a_memory_is_read_back_as_it_was_written(plan: Plan) -> None:
+    memory = memory_of(tallied(plan, grown(plan, begin(plan), 2.0)))
+    for one in (memory, replace(memory, beside=(None,), classes=None, head="ncm", layers="last")):
+        state: State = one.as_state()
+        back = Memory.from_state(state)
+        assert state_digest(back.as_state()) == state_digest(state)
+        assert (back.head, back.layers, back.most) == (one.head, one.layers, one.most)
+        assert (back.weight, back.known) == (one.weight, one.known)
+        assert isinstance(back.worlds[0], Moments)
