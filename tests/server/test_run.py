@@ -609,3 +609,34 @@ def test_a_run_that_frees_less_is_told_in_full(
         assert step["grown_accuracy"] is not None
         assert step["heldout"]["grown"] >= 0
         assert (step["freed_share"] > 0) == (freeing != "never")
+
+
+# shifts
+
+
+@pytest.mark.parametrize(
+    ("settings", "way", "phases"),
+    [
+        ({"worlds": "invert"}, "expert", ["look", "grow", "grow", "tally"]),
+        ({"stream": "class"}, "classes", ["look", "look"]),
+    ],
+)
+def test_a_shift_is_found_learnt_and_exported_and_a_killed_run_ends_in_the_same_bytes(
+    tmp_path: Path, settings: dict[str, Any], way: str, phases: list[str]
+) -> None:
+    config = quick(**settings)
+    summary = play(config, tmp_path / "out")
+    (step,) = summary["steps"]
+    assert step["way"] == way
+    assert [r["phase"] for r in lines(tmp_path / "out")] == phases
+    assert step["accepted"]
+    assert step["freeing"] is None
+    assert step["slim_accuracy"] > step["prior_accuracy"] + 0.1
+    assert step["onnx"]["fp32"]["max_abs_diff"] <= 1e-4
+    again = tmp_path / "again"
+    for round in range(len(phases)):
+        with pytest.raises(Cut):
+            killer = Killer(1 if round == 0 else 2, Cut)
+            play(config, again, resume=round > 0, progress=killer, cache=tmp_path / "devices")
+    play(config, again, resume=True, cache=tmp_path / "devices")
+    assert models(again) == models(tmp_path / "out")
