@@ -145,12 +145,15 @@ class ClassSums:
     def discriminant(self, kind: Head = "lda", most: int = 0) -> Discriminant:
         """Return the classifier with at most `most` features; 0 is all of them.
 
+        If there is a limit, half as many features as there were images is one too.
+
         Features whose weights move the scores least, within classes, are left out by fifths, the
         others weighed again each time (recursive elimination, Guyon et al., Machine Learning
         2002): a phone has fewer weights to store, and few images are overfitted less.
         """
         chosen = np.arange(self.sums.shape[1])
         sums = self
+        most = most and max(2, min(most, int(self.counts.sum() / 2)))
         while most and len(chosen) > most:
             weight, _ = sums.classifier(kind)
             weight = weight - weight.mean(0)

@@ -118,7 +118,8 @@ def look(feature_map: torch.Tensor) -> torch.Tensor:
     """Return mean and deviation over space of every channel, [B, 2 C], of [B, C, H, W]."""
     mean = feature_map.mean((2, 3))
     spread = (feature_map - mean[:, :, None, None]).square().mean((2, 3))
-    return torch.cat([mean, torch.sqrt(spread + 1e-8)], 1)
+    # Not "+ 1e-8": the ONNX exporter takes so little for zero and leaves it out.
+    return torch.cat([mean, torch.sqrt(spread.clamp_min(1e-8))], 1)
 
 
 @torch.no_grad()

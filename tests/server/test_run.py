@@ -633,10 +633,10 @@ def test_a_shift_is_found_learnt_and_exported_and_a_killed_run_ends_in_the_same_
     assert step["freeing"] is None
     assert step["slim_accuracy"] > step["prior_accuracy"] + 0.1
     assert step["onnx"]["fp32"]["max_abs_diff"] <= 1e-4
-    again = tmp_path / "again"
-    for round in range(len(phases)):
+    again, cut_after = tmp_path / "again", itertools.chain([1], itertools.repeat(2))
+    for session in range(len(phases)):
+        killer = Killer(next(cut_after), Cut)
         with pytest.raises(Cut):
-            killer = Killer(1 if round == 0 else 2, Cut)
-            play(config, again, resume=round > 0, progress=killer, cache=tmp_path / "devices")
+            play(config, again, resume=session > 0, progress=killer, cache=tmp_path / "devices")
     play(config, again, resume=True, cache=tmp_path / "devices")
     assert models(again) == models(tmp_path / "out")
