@@ -59,7 +59,7 @@ def test_the_number_of_workers_changes_no_byte(
 ) -> None:
     real, states = server.run.publish, []
 
-    def light(world: Any, state: Any, *rest: Any) -> Published:
+    def light(world: Any, state: Any, *rest: Any, **named: Any) -> Published:
         with monkeypatch.context() as patch:  # everything but the export, which takes seconds
             patch.setattr(
                 "server.publish.export_onnx",
@@ -67,7 +67,7 @@ def test_the_number_of_workers_changes_no_byte(
             )
             patch.setattr("server.publish.check_parity", lambda *_: 0.0)
             states.append(state_digest(state))
-            return real(world, state, *rest)
+            return real(world, state, *rest, **named)
 
     monkeypatch.setattr(server.run, "publish", light)
     for workers in (1, 2):
