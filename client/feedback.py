@@ -45,7 +45,7 @@ class Feedback:
         data = encode(left, no_rows(len(left)), "fp16")
         kept[number] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         tensors = {str(n): tensor for n, tensor in kept.items()}
-        write_state_file(self._path(device), tensors, durable=self._durable, phase=phase)
+        write_state_file(self._path(device), tensors, self._durable, phase=phase)
 
     def _read(self, device: str, phase: str) -> dict[int, torch.Tensor]:
         try:

@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_state_file(
-    path: Path, state: Mapping[str, torch.Tensor], *, durable: bool = True, **meta: str
+    path: Path, state: Mapping[str, torch.Tensor], durable: bool = True, /, **meta: str
 ) -> None:
     """Write a model state as safetensors, with `meta` and its digest in the header."""
     # One key, since safetensors writes several in random order: equal models, equal files.
@@ -199,7 +199,7 @@ class BundleStore:
         if self.has(digest):
             self._touch(digest)
         else:
-            write_state_file(self.path(digest), state, durable=self._durable)
+            write_state_file(self.path(digest), state, self._durable)
             self._forget_oldest(digest)
         return digest
 
