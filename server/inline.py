@@ -179,7 +179,10 @@ class Shelf:
         self._lock = threading.Lock()
 
     def shortened(self, message: Message) -> Message:
-        """Return a copy of `message` whose large arrays lie in files."""
+        """Return `message`, or a copy of it whose large arrays lie in files."""
+        parts = message.content.array_records.values()
+        if all(len(array.data) < self._least for part in parts for array in part.values()):
+            return message
         records: dict[str, Any] = dict(message.content)
         for name, record in message.content.array_records.items():
             arrays = {}
