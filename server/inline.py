@@ -185,13 +185,10 @@ class Shelf:
             return message
         records: dict[str, Any] = dict(message.content)
         for name, record in message.content.array_records.items():
-            arrays = {}
-            for key, array in record.items():
-                arrays[key] = array
+            records[name] = ArrayRecord({key: copy.copy(array) for key, array in record.items()})
+            for array in records[name].values():
                 if len(array.data) >= self._least:
-                    arrays[key] = copy.copy(array)
-                    arrays[key].data = Elsewhere(self._file(array.data))  # type: ignore[assignment]
-            records[name] = ArrayRecord(arrays)
+                    array.data = Elsewhere(self._file(array.data))
         short = copy.copy(message)
         short.__dict__["_content"] = RecordDict(records)
         return short
