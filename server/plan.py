@@ -742,23 +742,28 @@ def _feature_size(plan: Plan, state: RunState) -> int:
 
 
 def rounds_left(plan: Plan, state: RunState) -> int:
-    """Return how many rounds are still to play if nothing is refused from here on."""
+    """Return how many rounds are still to play if nothing is refused from here on.
+
+    No more than a guess where shifts are looked for: a step that begins with a look is counted as
+    one without a shift.
+    """
     config = plan.config
     if state.done:
         return 0
-    if state.way == "expert" or state.phase == "look":
-        # no more than a guess: what the next steps need is known once they have looked
+    looks = 0 if state.memory is None else 1
+    if state.way == "expert":
         growing = config.rounds - (state.round if state.phase == "grow" else 0)
-        growing = 1 if state.phase == "tally" else growing
-        return growing + (config.steps - state.step) * config.rounds
+        growing = 1 if state.phase == "tally" else growing + (config.statistics_weight > 0)
+        return growing + (config.steps - state.step) * (looks + config.rounds)
     of_step = {
+        "look": looks,
         "grow": config.rounds,
         "weigh": 1,
         "consolidate": config.consolidate_rounds,
         "judge": 1,
     }
     if config.freeing in ("prior", "never") and state.step > 0:
-        of_step = {"grow": config.rounds}
+        of_step = {"look": looks, "grow": config.rounds}
     phases = list(of_step)
     here = phases.index(state.phase)
     rest = sum(of_step[phase] for phase in phases[here:]) - state.round

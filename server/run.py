@@ -257,7 +257,7 @@ class _Conductor:
             grown = current_model(self._world.plan, before)
             self._results.grown(before.step, grown)
         if len(after.finished) > len(before.finished):
-            if before.phase in ("grow", "look"):  # nothing is freed after the step
+            if before.phase in ("grow", "look", "tally"):  # nothing is freed after the step
                 self._results.grown(before.step, after.prior, after.free, after.memory)
             outcome = after.finished[-1]
             for text in self._results.verdicts(outcome):

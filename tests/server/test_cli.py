@@ -347,4 +347,4 @@ def test_devices_that_cannot_answer_end_the_run_with_their_reason(
 ) -> None:
     monkeypatch.setattr("server.rounds._PAUSE_SECONDS", 0.0)
     ended = fallow("simulate", *TINY, "--set", "lr=1e9", "--scope=all", "--out", tmp_path / "out")
-    told_in_one_line(ended, 6, "fewer than 1 of 2 devices answered", "finite", "--resume")
+    told_in_one_line(ended, 6, "fewer than 1 of 2 devices answered", "is nan", "--resume")

@@ -452,7 +452,7 @@ def test_a_summary_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         (lambda s: s["steps"][1].pop("bytes_up"), r"steps\[1\].*bytes_up"),
         (lambda s: s["steps"][0].update(grown_accuracy=67.6), r"steps\[0\].grown_accuracy"),
         (lambda s: s["steps"][0].update(accepted=False), r"steps\[0\].refusal"),
-        (lambda s: s["steps"][0].update(freeing=None), r"steps\[0\].freeing"),
+        (lambda s: s["steps"][0].update(freeing={}), r"steps\[0\].freeing"),
         (lambda s: s["steps"][0]["bytes"]["grow"].update(up=1.5), "bytes.grow.up"),
         (lambda s: s["accuracy_matrix"]["rows"].append("step 3"), "accuracy_matrix"),
         (lambda s: s.update(acc=float("nan")), "nan"),

@@ -262,7 +262,7 @@ def test_a_run_that_is_killed_in_every_round_gives_the_same_bytes(
 
     def cut_after_export(*arguments: Any, **options: Any) -> Published:
         result = real(*arguments, **options)
-        if arguments[3] == 1 and not published:
+        if arguments[4] == 1 and not published:
             published.append(result)
             raise Cut
         return result
