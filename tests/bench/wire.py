@@ -4,7 +4,7 @@
     python tests/bench/wire.py --case coders
 
 traffic: one step (look, grow, weigh, consolidate, judge) of scope rows with a quarter of the
-filters free, on a SuperLink with two SuperNodes on loopback, once as it is by default and once as
+filters free, on a SuperLink with a SuperNode on loopback, once as it is by default and once as
 dense FedAvg in float32 over as many rounds of training. The bytes are those that Flower counted
 (`flwr list`), by which ours are held too. Dense rounds are all alike, so only --dense-rounds of
 them are played and scaled up; what a run without a round costs is in both.
@@ -38,7 +38,7 @@ from superlink import superlink_run  # noqa: E402 - beside the tests
 STEP = {
     "net": "resnet8",
     "width": 32,
-    "devices": 2,
+    "devices": 1,
     "steps": 1,
     "prior-size": 400,
     "prior-epochs": 4,
@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--consolidate-rounds", type=int, default=5)
     parser.add_argument("--dense-rounds", type=int, default=2)
     options = parser.parse_args()
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for case in options.case or ("coders", "traffic"):
         made = traffic(options) if case == "traffic" else coders()
+        result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         result[case] = made
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({case: made}, indent=1))
@@ -78,9 +78,9 @@ def traffic(options: argparse.Namespace) -> dict[str, Any]:
     """Play a step and some dense rounds, and compare what Flower counted."""
     rounds = {"rounds": options.rounds, "consolidate-rounds": options.consolidate_rounds}
     with tempfile.TemporaryDirectory() as folder:
-        ours = superlink_run({**STEP, **ROWS, **rounds}, Path(folder) / "ours")
+        ours = superlink_run({**STEP, **ROWS, **rounds}, Path(folder) / "ours", 3600)
         dense = superlink_run(
-            {**STEP, **DENSE, "rounds": options.dense_rounds}, Path(folder) / "dense"
+            {**STEP, **DENSE, "rounds": options.dense_rounds}, Path(folder) / "dense", 3600
         )
     trained = options.rounds + options.consolidate_rounds
     scale = trained / options.dense_rounds
