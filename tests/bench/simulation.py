@@ -202,7 +202,7 @@ def timed(command: list[str], **environment: str) -> dict[str, Any]:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     said = json.loads(done.stdout.strip().splitlines()[-1])
     made = said if isinstance(said, dict) else {"rounds": said}
-    return {"wall": wall, "cpu": cpu, **made}
+    return {"wall": wall, "cpu": cpu, **made}  # a side that knows better counts itself
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
 
     config = Config.parse(task["settings"])
     rounds: list[dict[str, Any]] = []
-    peak = [0.0]
+    peak, spent = [0.0], [0.0]
 
     def play(grid: Any) -> None:
         world = open_world(config)
@@ -235,6 +235,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         def after(_: Any, __: Any, record: dict[str, Any]) -> None:
             rounds.append(record)
             peak[0] = max(peak[0], memory())
+            spent[0] = cpu_seconds()
 
         play_rounds(grid, world.plan, state, Fleet(grid), NullProgress(), after)
 
@@ -250,6 +251,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         "loss": rounds[-1]["train_loss"],
         "until_first_round": time.monotonic() - BEGAN - sum(r["seconds"] for r in rounds),
         "peak_mib": peak[0],
+        "cpu": spent[0],
     }
 
 
@@ -281,15 +283,31 @@ def on_ray(config: Any, cache: str, play: Any) -> None:
 
 def memory() -> float:
     """Return the memory of this process and all that come from it, shared pages once, MiB."""
-    kib, processes = 0, ["self"]
-    while processes:
-        process = processes.pop()
+    kib = 0
+    for process in family():
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 kib += int(line.split()[1])
-        tasks = Path(f"/proc/{process}/task").glob("*/children")
-        processes += [child for task in tasks for child in task.read_text().split()]
     return kib / 1024
+
+
+def cpu_seconds() -> float:
+    """Return the seconds of CPU of this process and all that come from it, ended ones included."""
+    ticks = 0
+    for process in family():
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(map(int, after_name[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def family() -> list[str]:
+    """Return this process and all that come from it."""
+    found, waiting = [], ["self"]
+    while waiting:
+        found.append(waiting.pop())
+        tasks = Path(f"/proc/{found[-1]}/task").glob("*/children")
+        waiting += [child for task in tasks for child in task.read_text().split()]
+    return found
 
 
 def pfl_python() -> Path:
