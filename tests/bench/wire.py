@@ -1,6 +1,7 @@
 """What a step moves over the real wire, against dense float32 FedAvg; and which coder is worth it.
 
     python tests/bench/wire.py --case traffic [--rounds 8 --consolidate-rounds 5]
+    python tests/bench/wire.py --case accuracy --data FOLDER
     python tests/bench/wire.py --case coders
 
 traffic: one step (look, grow, weigh, consolidate, judge) of scope rows with a quarter of the
@@ -8,6 +9,10 @@ filters free, on a SuperLink with a SuperNode on loopback, once as it is by defa
 dense FedAvg in float32 over as many rounds of training. The bytes are those that Flower counted
 (`flwr list`), by which ours are held too. Dense rounds are all alike, so only --dense-rounds of
 them are played and scaled up; what a run without a round costs is in both.
+
+accuracy: the same scope on small CIFAR-10 (ResNet-8 of width 8, 2,000 images for the prior and
+2,000 new ones on four devices, 10,000 to test), three seeds, as it is by default and with float32
+on the wire in every phase: by `fallow bench`, which is resumed if it was interrupted.
 
 coders: an update of a device and values of the server are trained, quantised and packed with
 deflate (ours), zstd, bz2 and lzma, and compared with the symbols' entropy, which rANS comes
@@ -22,6 +27,7 @@ import argparse
 import bz2
 import json
 import lzma
+import subprocess
 import sys
 import tempfile
 import time
@@ -61,13 +67,16 @@ DENSE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=("traffic", "coders"), action="append")
+    cases = ("traffic", "accuracy", "coders")
+    parser.add_argument("--case", choices=cases, action="append")
+    parser.add_argument("--data", help="folder with CIFAR-10 as Parquet, for accuracy")
+    parser.add_argument("--out", default="runs/bench/wire-accuracy")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--consolidate-rounds", type=int, default=5)
     parser.add_argument("--dense-rounds", type=int, default=2)
     options = parser.parse_args()
     for case in options.case or ("coders", "traffic"):
-        made = traffic(options) if case == "traffic" else coders()
+        made = {"traffic": traffic, "accuracy": accuracy, "coders": coders}[case](options)
         result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         result[case] = made
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
@@ -106,7 +115,43 @@ def traffic(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def coders() -> dict[str, Any]:
+SMALL = [
+    *("--protocol", "instance", "--parts", "2", "--seeds", "0,1,2", "--net", "resnet8"),
+    *("--width", "8", "--prior-size", "2000", "--part-size", "2000", "--devices", "4"),
+    *("--rounds", "8", "--epochs", "2", "--set", "share=0.25"),
+    *("--set", "prior-epochs=10", "--set", "freeing-epochs=8"),
+]
+WIRES = {
+    "coded": "rows@codec-consolidate=int3",
+    "float32": "rows@codec-up=fp32+codec-down=fp32",
+}
+
+
+def accuracy(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare the coded wire's test accuracy with float32's, seed by seed."""
+    if not options.data:
+        raise SystemExit("accuracy is on CIFAR-10: give its folder with --data")
+    command = [sys.executable, "-m", "server.cli", "bench", "--data", options.data, *SMALL]
+    command += ["--methods", ",".join(WIRES.values()), "--out", options.out]
+    subprocess.run(command, check=True)
+    made: dict[str, Any] = {}
+    for name, method in WIRES.items():
+        cells = Path(options.out, "cells").glob(f"instance-2_{method}_seed_*.json")
+        records = sorted((json.loads(cell.read_text()) for cell in cells), key=lambda r: r["seed"])
+        made[name] = {
+            "test_accuracy": [record["acc"] for record in records],
+            "prior_accuracy": [record["prior_acc"] for record in records],
+            "bytes_up": [record["bytes_up"] for record in records],
+            "bytes_down": [record["bytes_down"] for record in records],
+        }
+    pairs = zip(made["coded"]["test_accuracy"], made["float32"]["test_accuracy"], strict=True)
+    points = [100 * (coded - plain) for coded, plain in pairs]
+    made["coded_minus_float32_points"] = points
+    made["mean_points"] = sum(points) / len(points)
+    return {**made, "goal_points": 0.3, "settings": " ".join(SMALL)}
+
+
+def coders(_: argparse.Namespace) -> dict[str, Any]:
     """Pack what a round moves with several coders."""
     import numpy as np
     import torch
