@@ -88,31 +88,32 @@ def traffic(options: argparse.Namespace) -> dict[str, Any]:
     rounds = {"rounds": options.rounds, "consolidate-rounds": options.consolidate_rounds}
     with tempfile.TemporaryDirectory() as folder:
         ours = superlink_run({**STEP, **ROWS, **rounds}, Path(folder) / "ours", 3600)
+        print(f"up {ours.up}, down {ours.down} as Flower counted", flush=True)
         dense = superlink_run(
             {**STEP, **DENSE, "rounds": options.dense_rounds}, Path(folder) / "dense", 3600
         )
-    trained = options.rounds + options.consolidate_rounds
-    scale = trained / options.dense_rounds
-    by_phase: dict[str, dict[str, int]] = {}
-    for record in ours.rounds:
-        phase = by_phase.setdefault(record["phase"], {"up": 0, "down": 0})
-        phase["up"] += record["bytes_up"]
-        phase["down"] += record["bytes_down"]
-    return {
-        "settings": {**STEP, **ROWS, **rounds},
-        "training_rounds": trained,
-        "flower_counted": {"up": ours.up, "down": ours.down},
-        "we_counted": {"up": ours.counted("up"), "down": ours.counted("down")},
-        "by_phase_as_we_counted": by_phase,
-        "dense_flower_counted": {
-            "rounds": options.dense_rounds,
-            "up": dense.up,
-            "down": dense.down,
-        },
-        "up_by_dense": ours.up / (dense.up * scale),
-        "down_by_dense": ours.down / (dense.down * scale),
-        "goals": {"up": 0.07, "down": 0.10},
-    }
+        trained = options.rounds + options.consolidate_rounds
+        scale = trained / options.dense_rounds
+        by_phase: dict[str, dict[str, int]] = {}
+        for record in ours.rounds:
+            phase = by_phase.setdefault(record["phase"], {"up": 0, "down": 0})
+            phase["up"] += record["bytes_up"]
+            phase["down"] += record["bytes_down"]
+        return {
+            "settings": {**STEP, **ROWS, **rounds},
+            "training_rounds": trained,
+            "flower_counted": {"up": ours.up, "down": ours.down},
+            "we_counted": {"up": ours.counted("up"), "down": ours.counted("down")},
+            "by_phase_as_we_counted": by_phase,
+            "dense_flower_counted": {
+                "rounds": options.dense_rounds,
+                "up": dense.up,
+                "down": dense.down,
+            },
+            "up_by_dense": ours.up / (dense.up * scale),
+            "down_by_dense": ours.down / (dense.down * scale),
+            "goals": {"up": 0.07, "down": 0.10},
+        }
 
 
 SMALL = [
