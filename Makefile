@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
 
-.PHONY: help env lock demo test lint test-slow simulate bench bench-step clean
+.PHONY: help env lock demo test lint test-slow simulate bench bench-sim bench-wire bench-step clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ simulate: env ## the same through `flwr run` on Ray (DATA=digits or a path)
 bench: env ## reproduce the tables of the README (DATA=folder with CIFAR-10; 15 minutes)
 	$(BIN)/python tests/bench/main_job.py --case four-steps
 	$(BIN)/python tests/bench/main_job.py --case two-steps --data $(DATA)
+
+bench-sim: env ## simulation against Ray and pfl, and by the number of devices (half an hour)
+	$(BIN)/python tests/bench/simulation.py
+
+bench-wire: env ## bytes of a step on a real SuperLink against dense FedAvg (half an hour)
+	$(BIN)/python tests/bench/wire.py
 
 bench-step: env ## time of a device's training step, as ratios (five minutes)
 	$(BIN)/python tests/bench/step.py

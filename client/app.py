@@ -91,7 +91,10 @@ def _device(context: Context, config: Config) -> SimulatedDevice:
 def _bases(context: Context, cache: str | None) -> Bases:
     default = cache or Path(tempfile.gettempdir()) / f"fallow-{os.getuid()}" / "bases"
     folder = Path(str(context.node_config.get("cache", default)))
-    return _BASES.setdefault(folder, Bases(folder))
+    if folder not in _BASES:
+        # A simulated device's disk is not worth waiting for.
+        _BASES[folder] = Bases(folder, durable="partition-id" not in context.node_config)
+    return _BASES[folder]
 
 
 def _arrays(message: Message) -> Arrays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from common.errors import StoreError
 from common.state import State, state_digest
 from common.store import BundleStore
 from common.update import Moved
+
+T = TypeVar("T")
 
 
 class Bases:
@@ -27,6 +30,8 @@ class Bases:
         Where they are kept.
     keep : int
         Most on disk; older ones are sent again if they are ever asked for.
+    durable : bool
+        Whether they outlast a power cut; simulated devices need no more than outlast a process.
 
     Attributes
     ----------
@@ -34,17 +39,18 @@ class Bases:
         What coding took from the device's updates.
     """
 
-    def __init__(self, folder: Path, keep: int = 8) -> None:
-        self._disk = BundleStore(folder, keep)
+    def __init__(self, folder: Path, keep: int = 8, *, durable: bool = True) -> None:
+        self._disk = BundleStore(folder, keep, durable=durable)
         self._memory: OrderedDict[str, State] = OrderedDict()
-        self._moved = BundleStore(folder / "moved", keep=4)
-        self.feedback = Feedback(folder / "feedback")
+        self._moved = BundleStore(folder / "moved", keep=4, durable=durable)
+        self._moved_memory: OrderedDict[str, Moved] = OrderedDict()
+        self.feedback = Feedback(folder / "feedback", durable=durable)
 
     def get(self, digest: str) -> State | None:
         """Return the model called `digest`, or None."""
         if digest not in self._memory:
             try:
-                self._remember(digest, self._disk.get(digest))
+                _remember(self._memory, digest, self._disk.get(digest))
             except StoreError:  # absent, torn or just evicted: the server sends it again
                 self._disk.path(digest).unlink(missing_ok=True)
                 return None
@@ -56,22 +62,28 @@ class Bases:
         digest = state_digest(state)
         if digest not in self._memory:
             self._disk.put(state)
-            self._remember(digest, dict(state))
+            _remember(self._memory, digest, dict(state))
         return digest
 
     def get_moved(self, digest: str) -> Moved | None:
         """Return how far a round's values are from their base, or None."""
-        try:
-            return Moved(self._moved.get(digest)["distance"].numpy())
-        except StoreError:
-            self._moved.discard(digest)
-            return None
+        if digest not in self._moved_memory:
+            try:
+                moved = Moved(self._moved.get(digest)["distance"].numpy())
+            except StoreError:
+                self._moved.discard(digest)
+                return None
+            _remember(self._moved_memory, digest, moved)
+        return self._moved_memory[digest]
 
     def put_moved(self, moved: Moved) -> None:
         """Keep how far a round's values are from their base."""
-        self._moved.put(moved.as_state())
+        if moved.digest not in self._moved_memory:
+            self._moved.put(moved.as_state())
+            _remember(self._moved_memory, moved.digest, moved)
 
-    def _remember(self, digest: str, state: State) -> None:
-        self._memory[digest] = state
-        while len(self._memory) > 3:
-            self._memory.popitem(last=False)
+
+def _remember(memory: OrderedDict[str, T], digest: str, value: T) -> None:
+    memory[digest] = value
+    while len(memory) > 3:
+        memory.popitem(last=False)

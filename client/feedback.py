@@ -23,10 +23,13 @@ class Feedback:
     ----------
     folder : Path
         Where the files are; simulated devices may share it.
+    durable : bool
+        See `common.store.write_bytes`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self._folder = folder
+        self._durable = durable
 
     def get(self, device: str, phase: str, number: int, size: int) -> np.ndarray:
         """Return what is still owed when round `number` of a phase begins, float32 [size]."""
@@ -42,7 +45,7 @@ class Feedback:
         data = encode(left, no_rows(len(left)), "fp16")
         kept[number] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         tensors = {str(n): tensor for n, tensor in kept.items()}
-        write_state_file(self._path(device), tensors, phase=phase)
+        write_state_file(self._path(device), tensors, self._durable, phase=phase)
 
     def _read(self, device: str, phase: str) -> dict[int, torch.Tensor]:
         try:

@@ -16,6 +16,7 @@ from torch import nn
 
 from client.bases import Bases
 from client.wire import Arrays, packed_update, received
+from client.workshop import WORKSHOP
 from common.accelerator import Accelerator
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import class_log_shares
@@ -34,9 +35,9 @@ from common.regrow import regrow
 from common.rotation import Rotations
 from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
-from common.state import State, read_state, state_digest, write_state
+from common.state import State, read_state, state_digest
 from common.train import Labelled, Recipe, predict, train
-from common.update import check_values, encode_scores
+from common.update import decode_base, encode_scores
 
 _SCORED_IMAGES = 256
 """Importances are means over images and settle early; more would only cost the device."""
@@ -84,6 +85,7 @@ def carry_out(
     """
     began = time.monotonic()
     template, graph = net_and_graph(order.net)
+    once = WORKSHOP.once
     if graph.digest != order.graph:
         raise UpdateError(
             f"the net '{order.net.name}' has filter graph {graph.digest[:12]} here, the server "
@@ -93,13 +95,20 @@ def carry_out(
     trained_on, heldout = split_holdout(images, order.heldout)
     if len(trained_on) < 2:
         return Report(device=data.device, declined=f"{len(trained_on)} training image(s)"), None
+    free = order.free_set()
     if order.scope == "expert":
-        template = cut(template, graph, order.free_set())
+        whole = template
+        template = once(("trunk", order.net, free.digest), lambda: cut(whole, graph, free))
     base = _resolve_base(order, arrays.base, template, graph, bases)
     if base is None:
         return Report(device=data.device, declined=NEEDS_BASE), None
-    layout = _layout(order, template, graph, base)
-    packed_base = layout.pack(base)
+    phase = (order.net, order.base, order.scope, order.phase, free.digest, order.expert_share)
+    layout, packed_base = once(phase, lambda: _layout_and_base(order, template, graph, base))
+    if order.layout is not None and layout.digest != order.layout:
+        raise UpdateError(
+            f"layout {layout.digest[:12]} here, {order.layout[:12]} at the server: scope or "
+            "free set differ"
+        )
     start = received(order, arrays, packed_base, layout, bases)
     if start is None:
         return Report(device=data.device, declined=NEEDS_VALUES), None
@@ -108,15 +117,14 @@ def carry_out(
     normalisation = Normalisation(order.net.mean, order.net.std)
     held = Labelled.of(heldout, normalisation)
     own = Labelled.of(trained_on, normalisation)
-    free = order.free_set()
     if order.phase in ("consolidate", "judge"):
         progress = 1.0 if order.phase == "judge" else order.anneal[0]
         current = off_state(current, graph, free, scale_factor(progress, order.anneal[2]))
-    if order.keep is not None:
+    if order.keep is not None and bases.get(order.keep) is None:
         bases.put(current)
 
-    student = _net(template, current, accelerator)
-    teacher = _net(template, base, accelerator)
+    student = WORKSHOP.net("student", template, current, accelerator)
+    teacher = WORKSHOP.net("teacher", template, base, accelerator, order.base)
     prior_right, right = _right(teacher, held, accelerator), _right(student, held, accelerator)
     update, loss = None, 0.0
     if order.phase == "look":
@@ -176,7 +184,7 @@ def _resolve_base(
     if packed is not None:
         shapes = read_state(template)
         layout = dense_layout(graph, shapes)
-        made = layout.unpack(shapes, check_values(packed, layout.size, "the base model"))
+        made = layout.unpack(shapes, decode_base(packed, layout.size, order.codec_down))
     elif order.trunk is not None:
         whole = bases.get(order.trunk)
         if whole is None:
@@ -202,25 +210,17 @@ def _resolve_base(
     return made
 
 
-def _layout(order: Order, template: nn.Module, graph: FilterGraph, base: State) -> Layout:
+def _layout_and_base(
+    order: Order, template: nn.Module, graph: FilterGraph, base: State
+) -> tuple[Layout, np.ndarray]:
+    """Return what the phase's values are, and those of the base."""
     if order.scope == "expert":
         layout = expert_layout(template, graph.head, order.expert_share)
     elif order.phase in ("look", "grow", "weigh"):
         layout = scope_layout(order.scope, graph, order.free_set(), base)
     else:
         layout = consolidation_layout(graph, order.free_set(), base)
-    if order.layout is not None and layout.digest != order.layout:
-        raise UpdateError(
-            f"layout {layout.digest[:12]} here, {order.layout[:12]} at the server: scope or "
-            "free set differ"
-        )
-    return layout
-
-
-def _net(template: nn.Module, state: State, accelerator: Accelerator) -> nn.Module:
-    net = copy.deepcopy(template)
-    write_state(net, state)
-    return net.eval().to(accelerator.device)
+    return layout, layout.pack(base)
 
 
 def _right(net: nn.Module, data: Labelled, accelerator: Accelerator) -> torch.Tensor:
@@ -258,11 +258,11 @@ def _train(
         elif teaching.teacher == "round":
             teachers = [copy.deepcopy(student)]
         else:
-            teachers = [cut(base_net, graph, as_free_set(order.kept))]
+            teachers = [_kept_part(order, base_net, graph)]
     else:
         teachers = [base_net]
         if order.kept:
-            teachers.append(cut(base_net, graph, as_free_set(order.kept)))
+            teachers.append(_kept_part(order, base_net, graph))
         begin, end, until = order.anneal
         anneal = Anneal(student, graph, order.free_set(), base)
 
@@ -301,13 +301,20 @@ def _train(
     return trained.loss
 
 
+def _kept_part(order: Order, base_net: nn.Module, graph: FilterGraph) -> nn.Module:
+    kept = as_free_set(order.kept)
+    device = str(next(base_net.parameters()).device)
+    key = ("kept part", order.net, order.base, kept.digest, device)
+    return WORKSHOP.once(key, lambda: cut(base_net, graph, kept))
+
+
 def _seen(
     order: Order, net: nn.Module, graph: FilterGraph, data: Labelled, accelerator: Accelerator
 ) -> np.ndarray:
     """Return packed statistics of the device's images."""
     if order.by_class:
         return _class_sums(order, cut(net, graph, order.free_set()), graph, data, accelerator)
-    stem = stem_conv(net)
+    stem = copy.deepcopy(stem_conv(net))  # the net is used again
     weight = np.frombuffer(base64.b64decode(order.stem), "<f4").copy()
     if not weight.size or weight.size % stem.weight[0].numel():
         raise UpdateError(f"the stem to look through has {weight.size} weights")

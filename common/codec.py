@@ -11,6 +11,10 @@ large symbols cost little, and a step that one outlier widens costs accuracy eve
 bound: Gish & Pierce 1968). With a generator the rounding is stochastic, which keeps every value's
 mean (QSGD, Alistarh et al., NeurIPS 2017); without, to the nearest, half the squared error.
 
+`encode_exact` keeps float32 to the bit, for a base that has to have its digest: the four bytes of
+a value lie in planes, of which deflate shortens those that say little (the exponents always; the
+low ones of a model that was rounded with `coarse`).
+
 An encoding is a header, the steps and fp16 values (their high and low bytes apart, since only the
 high ones compress) and the symbols, each deflated. Its decoded size is known from the layout
 alone, so that nothing is allocated on a sender's word.
@@ -178,6 +182,59 @@ def decode(data: bytes, rows: Rows, codec: Codec) -> np.ndarray:
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
         raise UpdateError(f"an encoding is not finite: value {bad} is {values[bad]}")
     return values
+
+
+_EXACT = struct.Struct("<4sIIIII")
+_EXACT_MAGIC = b"flwx"
+
+
+def encode_exact(values: np.ndarray) -> bytes:
+    """Return float32 values encoded without loss."""
+    planes = np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(-1, 4)
+    parts = [_deflate(planes[:, byte].tobytes()) for byte in range(4)]
+    head = _EXACT.pack(_EXACT_MAGIC, len(values), *(len(part) for part in parts))
+    return b"".join([head, *parts])
+
+
+def decode_exact(data: bytes, size: int) -> np.ndarray:
+    """Return the float32 [size] that `encode_exact` made `data` of; they may not be finite.
+
+    Raises
+    ------
+    UpdateError
+        If `data` is truncated, too long, or holds another number of values.
+    """
+    if len(data) < _EXACT.size:
+        raise UpdateError(f"an encoding of {len(data)} bytes is truncated")
+    magic, count, *sizes = _EXACT.unpack_from(data)
+    if magic != _EXACT_MAGIC:
+        raise UpdateError(f"an encoding begins with {magic!r}, expected {_EXACT_MAGIC!r}")
+    if count != size:
+        raise UpdateError(f"an encoding has {count} values, expected are {size}: net differs")
+    if len(data) != _EXACT.size + sum(sizes):
+        raise UpdateError(
+            f"an encoding has {len(data)} bytes, its header says {_EXACT.size + sum(sizes)}: "
+            "it is truncated or too long"
+        )
+    planes, start = np.empty((size, 4), np.uint8), _EXACT.size
+    for byte, length in enumerate(sizes):
+        planes[:, byte] = np.frombuffer(_inflate(data[start : start + length], size), np.uint8)
+        start += length
+    values: np.ndarray = planes.view("<f4").reshape(size).astype(np.float32, copy=False)
+    return values
+
+
+def coarse(values: np.ndarray) -> np.ndarray:
+    """Return finite float32 values rounded to 8 significant bits, which `encode_exact` shortens.
+
+    The error is at most 2**-8 of a value; what would become infinite is rounded down.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    up = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    down = bits & np.uint32(0xFFFF0000)
+    infinite = (up & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    rounded: np.ndarray = np.where(infinite, down, up).view(np.float32)
+    return rounded
 
 
 def _bits(codec: Codec) -> int:

@@ -240,6 +240,11 @@ class Config(BaseModel):
         "int8", description="how updates travel: fp32, fp16, or int8 to int2 with error feedback"
     )
     codec_down: Codec = Field("int8", description="how values travel to the devices: likewise")
+    codec_consolidate: Codec = Field(
+        "int3",
+        description="the same of a consolidation, which moves the whole net; "
+        "a direction that is fp32 stays so",
+    )
 
     # the server's own data
     proxy: str = Field("", description="unlabelled images at the server; empty = none")
@@ -288,6 +293,14 @@ class Config(BaseModel):
             return cls.model_validate({k.replace("-", "_"): v for k, v in values.items()})
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+    def codecs(self, phase: str) -> tuple[Codec, Codec]:
+        """Return how updates and values travel in a phase."""
+        codecs = self.codec_up, self.codec_down
+        if phase not in ("consolidate", "judge"):
+            return codecs
+        up, down = (c if c == "fp32" else self.codec_consolidate for c in codecs)
+        return up, down
 
     def flat(self) -> dict[str, Any]:
         """Return the settings with kebab-case keys, as Flower's run config wants them."""

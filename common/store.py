@@ -39,8 +39,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write `data` to `path` so that it is there whole or not at all.
+
+    Without `durable` nothing waits for the disk: a power cut, but no killed process, may then
+    leave a torn file.
 
     Raises
     ------
@@ -53,11 +56,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            if durable:
+                _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -96,11 +101,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return _unseal(path, _read_bytes(path))
 
 
-def write_state_file(path: Path, state: Mapping[str, torch.Tensor], **meta: str) -> None:
+def write_state_file(
+    path: Path, state: Mapping[str, torch.Tensor], durable: bool = True, /, **meta: str
+) -> None:
     """Write a model state as safetensors, with `meta` and its digest in the header."""
     # One key, since safetensors writes several in random order: equal models, equal files.
     header = json.dumps(_seal({**meta, "digest": state_digest(state)}), sort_keys=True)
-    write_bytes(path, save(dict(state), metadata={_HEADER: header}))
+    write_bytes(path, save(dict(state), metadata={_HEADER: header}), durable=durable)
 
 
 def read_state_file(path: Path) -> State:
@@ -169,11 +176,14 @@ class BundleStore:
     keep : int, optional
         If given, at most so many are kept, the least recently used go first. Processes on one
         machine may share the folder.
+    durable : bool
+        See `write_bytes`.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(self, folder: Path, keep: int | None = None, *, durable: bool = True) -> None:
         self.folder = folder
         self._keep = keep
+        self._durable = durable
 
     def path(self, digest: str) -> Path:
         """Return where the state called `digest` is or would be."""
@@ -189,7 +199,7 @@ class BundleStore:
         if self.has(digest):
             self._touch(digest)
         else:
-            write_state_file(self.path(digest), state)
+            write_state_file(self.path(digest), state, self._durable)
             self._forget_oldest(digest)
         return digest
 

@@ -120,7 +120,11 @@ def train(
     total = max(recipe.epochs * len(sizes), 1)
     done, loss_sum = 0, 0.0
     with torch.random.fork_rng(devices=[]), training_only(net, layout):
-        torch.manual_seed(rng.initial_seed())  # a user's net may draw too: dropout
+        seed = rng.initial_seed()  # a user's net may draw too: dropout
+        if accelerator.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # the other formats a stack for each CUDA
+        else:
+            torch.manual_seed(seed)
         optimiser = PackedSGD(
             net,
             layout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from common.codec import Codec, Rows, decode, encode, no_rows
+from common.codec import Codec, Rows, decode, decode_exact, encode, encode_exact, no_rows
 from common.errors import UpdateError
 from common.layout import Entry, Layout
 from common.state import State, state_digest
@@ -77,6 +78,7 @@ def read_array(data: bytes, what: str) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape).copy()
 
 
+@functools.lru_cache(maxsize=8)
 def rows_of(layout: Layout) -> Rows:
     """Return which of a layout's values share a step: the weights of a filter.
 
@@ -102,6 +104,24 @@ def _rows(entry: Entry) -> np.ndarray:
             cuts.append(end)
     cuts[1:] = [*cuts[1:-1], entry.size]
     return np.stack([cuts[:-1], cuts[1:]], axis=1).astype(np.int64)
+
+
+def encode_base(values: np.ndarray, codec: Codec) -> np.ndarray:
+    """Return a whole base as it travels: to the bit, and shorter unless the codec is ``fp32``."""
+    return values if codec == "fp32" else as_array(encode_exact(values))
+
+
+def decode_base(array: np.ndarray, size: int, codec: Codec) -> np.ndarray:
+    """Return the float32 [size] that `encode_base` was given.
+
+    Raises
+    ------
+    UpdateError
+        If it is malformed, of another size or not finite.
+    """
+    what = "the base model"
+    values = array if codec == "fp32" else decode_exact(as_bytes(array, what), size)
+    return check_values(values, size, what)
 
 
 def encode_scores(scores: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from rich.table import Table
 from common.command import run_command
 from common.config import Config
 from common.errors import ConfigError
+from server.workers import prepare
 
 app = typer.Typer(
     help="Improve a CNN that is in use, with new data that never leaves the devices.",
@@ -57,6 +58,8 @@ def simulate(
     ] = None,
 ) -> None:
     """Run the whole cycle with simulated devices on this machine."""
+    if engine == "inline":
+        prepare()  # imports on another core while this process imports and trains the prior
     from server import simulate as engines
     from server.progress import make_progress
     from server.report import summary_table

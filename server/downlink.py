@@ -9,7 +9,7 @@ import numpy as np
 from common.filters import FilterGraph
 from common.layout import dense_layout
 from common.order import NEEDS_BASE, Order
-from common.update import as_array
+from common.update import as_array, encode_base
 from server.fleet import Fleet
 from server.plan import RunState
 
@@ -70,7 +70,7 @@ class Downlink:
     @cached_property
     def _base(self) -> np.ndarray:
         base = self._state.base
-        return dense_layout(self._graph, base).pack(base)
+        return encode_base(dense_layout(self._graph, base).pack(base), self._order.codec_down)
 
     @cached_property
     def _whole_values(self) -> dict[str, np.ndarray]:

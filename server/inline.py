@@ -1,29 +1,37 @@
 """A Flower grid in one process: the client app is called directly, on a few workers.
 
 No Ray, no SuperLink, no process per message. Each worker handles one device at a time on one
-thread, so what comes out does not depend on how many there are.
+thread, so what comes out does not depend on how many there are. An array that goes to many
+devices is written to a file once and read once by each worker: their models are one copy in the
+page cache, not a pickle each.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from server.workers import prepare
 
 Settings = dict[str, Any]
 
@@ -57,13 +65,13 @@ class InlineGrid(Grid):
         self._pool: Executor | None = None
         self._numbers = itertools.count(1)
         self._pending: dict[str, Future[Message]] = {}
+        self._shelf: Shelf | None = None
         self._run = Run.create_empty(run_id=1)
 
     def __enter__(self) -> InlineGrid:
         _identify()
-        # Spawned, not forked: torch's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self._count, context, _prepare)
+        self._pool = ProcessPoolExecutor(self._count, prepare(), _prepare)
+        self._shelf = Shelf(Path(self._cache) / "sent")
         return self
 
     def __exit__(
@@ -117,7 +125,10 @@ class InlineGrid(Grid):
                 "num-partitions": self._devices,
                 "cache": self._cache,
             }
-            future = self._pool.submit(_answer, self._settings, node, message)
+            handed = message if self._shelf is None else self._shelf.shortened(message)
+            future = self._pool.submit(_answer, self._settings, node, handed)
+            if self._shelf is not None:
+                future.add_done_callback(self._shelf.done_with(handed))
             self._pending[identifier] = future
             identifiers.append(identifier)
         return identifiers
@@ -140,6 +151,84 @@ class InlineGrid(Grid):
                 replies.append(reply)
             time.sleep(self.poll_seconds)
         return replies
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Stands for bytes that lie in a file."""
+
+    path: str
+
+
+class Shelf:
+    """Files of what many messages carry, each there until the last of these was answered.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when first written to.
+    least : int
+        Bytes from which it is worth a file.
+    """
+
+    def __init__(self, folder: Path, least: int = 1 << 15) -> None:
+        self._folder, self._least = folder, least
+        self._numbers = itertools.count()
+        self._files: dict[int, tuple[bytes, str]] = {}  # the bytes keep their id theirs
+        self._readers: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def shortened(self, message: Message) -> Message:
+        """Return `message`, or a copy of it whose large arrays lie in files."""
+        parts = message.content.array_records.values()
+        if all(len(array.data) < self._least for part in parts for array in part.values()):
+            return message
+        records: dict[str, Any] = dict(message.content)
+        for name, record in message.content.array_records.items():
+            records[name] = ArrayRecord({key: copy.copy(array) for key, array in record.items()})
+            for array in records[name].values():
+                if len(array.data) >= self._least:
+                    array.data = Elsewhere(self._file(array.data))
+        short = copy.copy(message)
+        short.__dict__["_content"] = RecordDict(records)
+        return short
+
+    def _file(self, data: bytes) -> str:
+        with self._lock:
+            if id(data) not in self._files:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path = self._folder / f"{os.getpid()}-{next(self._numbers)}"
+                path.write_bytes(data)
+                self._files[id(data)] = data, str(path)
+            _, name = self._files[id(data)]
+            self._readers[name] += 1
+            return name
+
+    def done_with(self, message: Message) -> Callable[[Future[Message]], None]:
+        """Return what is to be called when `message` was answered."""
+        names = [array.data.path for array in _elsewhere(message)]
+
+        def done(_: Future[Message]) -> None:
+            with self._lock:
+                self._readers.subtract(names)
+                # one that was read by all may still be sent to more: the newest stay
+                free = [i for i, (_, name) in self._files.items() if not self._readers[name]]
+                for number in free[:-2]:
+                    name = self._files.pop(number)[1]
+                    del self._readers[name]
+                    Path(name).unlink(missing_ok=True)
+
+        return done
+
+
+def _elsewhere(message: Message) -> Iterator[Any]:
+    for record in message.content.array_records.values():
+        yield from (array for array in record.values() if isinstance(array.data, Elsewhere))
+
+
+@lru_cache(maxsize=3)
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 def _prepare() -> None:
@@ -175,6 +264,8 @@ def _client_app() -> ClientApp:
 
 def _answer(settings: Settings, node: Settings, message: Message) -> Message:
     """Let one device answer one message, in a worker."""
+    for array in _elsewhere(message):
+        array.data = _read(array.data.path)
     number = message.metadata.dst_node_id
     context = Context(
         run_id=1, node_id=number, node_config=node, state=RecordDict(), run_config=settings

@@ -209,6 +209,21 @@ summary { cursor: pointer; color: var(--muted); }
 
 {% endif %}
 {% if run.prior %}
+<h2>Where the time went</h2>
+<div class="scroll"><table>
+<thead><tr><th></th><th>training</th><th>SST</th><th>distillation at the server</th><th>measuring</th><th>export</th><th>in all</th></tr></thead>
+<tbody>
+{% for row in times %}
+<tr><td>{{ row.name }}</td><td>{{ row.train | duration }}</td><td>{{ row.sst | duration }}</td><td>{{ row.distillation | duration }}</td><td>{{ row.measuring | duration }}</td><td>{{ row.export | duration }}</td><td class="strong">{{ row.total | duration }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+<dl class="terms">
+<dt>training</dt><dd>The prior at the server; in a step the rounds of “grow”, without the distillation at the server.</dd>
+<dt>SST</dt><dd>Selective sparsity training: the first freeing at the server, or the rounds of “consolidate” on the devices.</dd>
+<dt>measuring</dt><dd>Rounds in which devices only measure: look, weigh, tally, judge.</dd>
+<dt>export</dt><dd>Cutting, ONNX, its comparison with PyTorch, int8.</dd>
+</dl>
+
 <h2>How large the models are</h2>
 {{ chart(charts.sizes, "Full net: its weights in float32. Slim: without the freed filters, as an ONNX file; int8 stores a weight in one byte.") }}
 {% endif %}

@@ -301,7 +301,8 @@ def order_of(plan: Plan, state: RunState) -> Order:
     begin, end = anneal_span(plan, state)
     keep = None if training else state_digest(current_model(plan, state))
     layout = layout_of(plan, state).digest
-    coded = training and config.codec_up != "fp32"
+    codec_up, codec_down = config.codecs(state.phase)
+    coded = training and codec_up != "fp32"
     phase = (config.digest, state.step, state.phase, state.attempt, state.base_digest, layout)
     return Order(
         run=config.seed,
@@ -345,8 +346,8 @@ def order_of(plan: Plan, state: RunState) -> Order:
         stem=_stem_text(state.memory) if looking and state.memory is not None else "",
         by_class=looking and state.round > 0,
         layers=config.statistics_features,
-        codec_up=config.codec_up,
-        codec_down=config.codec_down,
+        codec_up=codec_up,
+        codec_down=codec_down,
         moved=None if state.shared is None else state.shared.moved.digest,
         since=None if state.shared is None else state.shared.since,
         feedback=digest_of(*phase) if coded else None,

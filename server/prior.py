@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.accelerator import Accelerator
+from common.codec import coarse
 from common.config import Config
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import Distillation
@@ -57,6 +59,8 @@ class Prior:
         None if freeing is left to the devices.
     source : str
         ``trained`` or ``brought``.
+    freeing_seconds : float
+        Spent on freeing its filters at the server.
     """
 
     trained: State
@@ -65,6 +69,7 @@ class Prior:
     heldout: float
     freeing: Freeing | None
     source: str
+    freeing_seconds: float = 0.0
 
 
 Tell = Callable[[str, int, int, float], None]
@@ -152,6 +157,7 @@ def free_prior(
     tell: Tell,
 ) -> Prior:
     """Free filters of a trained first model on the data that it was trained on."""
+    began = time.monotonic()
     data, heldout = _split(config, spec, images)
     net = make_net(config, spec).to(accelerator.device)
     write_state(net, trained)
@@ -193,7 +199,28 @@ def free_prior(
             f"freeing (try {attempt + 1})", epoch, config.freeing_epochs, loss
         ),
     )
-    return Prior(trained, read_state(net), freeing.free, freeing.after_cut, freeing, "trained")
+    return Prior(
+        trained,
+        read_state(net),
+        freeing.free,
+        freeing.after_cut,
+        freeing,
+        "trained",
+        time.monotonic() - began,
+    )
+
+
+def shortened(prior: Prior) -> Prior:
+    """Return the prior with weights of 8 significant bits.
+
+    Every device gets it once, to the bit, and so for a third of the bytes. BN and biases, which
+    are few, stay as they are.
+    """
+    state = {
+        name: torch.from_numpy(coarse(tensor.numpy())) if tensor.dim() > 1 else tensor
+        for name, tensor in prior.state.items()
+    }
+    return replace(prior, state=state)
 
 
 def bring_prior(config: Config, spec: NetSpec, images: ImageSet | None) -> Prior:

@@ -126,6 +126,7 @@ def render_report(summary: Record, rounds: list[Record]) -> str:
         scope_meaning=_SCOPES.get(summary["scope"], ""),
         participation=_participation(rounds),
         freeings=_freeings(summary),
+        times=_times(summary, rounds),
         heat=_heat(summary["accuracy_matrix"]["values"]),
         charts={name: Markup(svg) for name, svg in drawn.items()},
     )
@@ -312,6 +313,34 @@ def _freeings(summary: Record) -> list[Record]:
         known = None not in (row["before"], row["after_cut"])
         row["cost"] = row["before"] - row["after_cut"] if known else None
         row["rejected"] = [a for a in row["attempts"] if not a["accepted"]]
+    return rows
+
+
+def _times(summary: Record, rounds: list[Record]) -> list[Record]:
+    """List where the time of the prior and of every step went, in seconds."""
+    prior, rows = summary["prior"], []
+    if prior:
+        at_server = prior["seconds_by_phase"]
+        first = [record for record in rounds if record["step"] == 0]
+        sst = sum(r["seconds"] for r in first if r["phase"] == "consolidate")
+        measuring = sum(r["seconds"] for r in first) - sst
+        row = {"name": "Prior", "distillation": 0.0, "measuring": measuring, **at_server}
+        rows.append({**row, "sst": at_server["sst"] + sst})
+    for step in summary["steps"]:
+        phases = dict(step["seconds_by_phase"])
+        distillation = step["distillation"]["seconds"]
+        rows.append(
+            {
+                "name": f"Step {step['step']}",
+                "train": max(phases.pop("grow", 0.0) - distillation, 0.0),
+                "sst": phases.pop("consolidate", 0.0),
+                "distillation": distillation,
+                "export": phases.pop("export"),
+                "measuring": sum(phases.values()),
+            }
+        )
+    for row in rows:
+        row["total"] = sum(value for key, value in row.items() if key != "name")
     return rows
 
 

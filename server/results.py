@@ -71,6 +71,11 @@ class Results:
             "params_full": parameter_count(net),
             "params_slim": parameter_count(net),
             "seconds": seconds,
+            "seconds_by_phase": {
+                "train": seconds - prior.freeing_seconds,
+                "sst": prior.freeing_seconds,
+                "export": 0.0,
+            },
             "source": prior.source,
         }
         self.records["test_accuracy"] = self._test_accuracy(self._net(prior.state))
@@ -104,6 +109,7 @@ class Results:
         share = free.share(self._world.plan.graph)
         if step == 0:
             self.records["digest"] = published.digest
+            self.records["prior"]["seconds_by_phase"]["export"] = published.seconds
             self.records["prior"].update(params_slim=published.params_slim, freed_share=share)
             outcome = state.finished[-1] if state.finished else None
             if outcome is not None:
@@ -191,7 +197,7 @@ class Results:
         )
         whole = len(matrix) == config.steps + 1
         seconds = (
-            self.records["prior"]["seconds"]
+            sum(self.records["prior"]["seconds_by_phase"].values())
             + sum(r["seconds"] for r in rounds)
             + sum(r.get("export_seconds", 0.0) for r in self.records["steps"].values())
         )

@@ -101,10 +101,11 @@ def play_rounds(
 
 def _shared(plan: Plan, before: RunState, after: RunState) -> RunState:
     """Return the state with the values that the devices will decode."""
-    if plan.config.codec_down == "fp32" or after.values is None:
+    _, codec = plan.config.codecs(after.phase)
+    if codec == "fp32" or after.values is None:
         return after if after.shared is None else replace(after, shared=None)
     layout = layout_of(plan, after)
-    base, codec = layout.pack(after.base), plan.config.codec_down
+    base = layout.pack(after.base)
     values, shared = share(after.values, base, before.shared, layout, codec)
     return replace(after, values=values, shared=shared)
 

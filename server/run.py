@@ -29,7 +29,7 @@ from server.checkpoint import Checkpoint, CheckpointFolder
 from server.distill import ProxyDistiller
 from server.fleet import Fleet
 from server.plan import RunState, current_model, rounds_left, start
-from server.prior import Prior, bring_prior, train_prior
+from server.prior import Prior, bring_prior, shortened, train_prior
 from server.progress import Progress
 from server.publish import publish
 from server.remember import remember
@@ -193,7 +193,7 @@ class _Conductor:
                 self._progress.stage(f"{stage} at the server", epochs)
             self._progress.advance(1)
 
-        return train_prior(
+        prior = train_prior(
             config,
             world.plan.spec,
             world.plan.graph,
@@ -202,6 +202,7 @@ class _Conductor:
             world.augment,
             tell,
         )
+        return prior if config.codec_down == "fp32" else shortened(prior)
 
     def _play(self, checkpoint: Checkpoint) -> None:
         plan = self._world.plan

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -11,6 +12,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from common.errors import UpdateError
 from common.order import Order, Report, read_report
 from common.update import read_array
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +33,35 @@ def hello_message(node: int) -> Message:
 
 def order_message(node: int, order: Order, arrays: dict[str, np.ndarray]) -> tuple[Message, int]:
     """Return an order as a message, and its size in bytes."""
-    content = RecordDict({"order": ConfigRecord({"json": order.model_dump_json()})})
+    content = RecordDict({"order": ConfigRecord({"json": _json(order)})})
     if arrays:
-        content["arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
+        content["arrays"] = ArrayRecord({name: _array(a) for name, a in arrays.items()})
     group = f"{order.step}.{order.phase}.{order.attempt}.{order.round}"
     message = Message(content, dst_node_id=node, message_type="train", group_id=group)
     return message, _size(content)
+
+
+_ORDERS: list[tuple[Order, str]] = []
+_ARRAYS: list[tuple[np.ndarray, Array]] = []
+
+
+def _json(order: Order) -> str:
+    """Return an order as text; a round's devices all get the same one."""
+    return _remembered(_ORDERS, order, lambda: order.model_dump_json())
+
+
+def _array(values: np.ndarray) -> Array:
+    """Return values for Flower; a round's devices share the bytes."""
+    return _remembered(_ARRAYS, values, lambda: Array(values))
+
+
+def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V]) -> V:
+    """Return what was last made of this very object."""
+    for object_, made in known:
+        if object_ is key:
+            return made
+    known[:] = [(key, make()), *known[:2]]
+    return known[0][1]
 
 
 def read_reply(message: Message) -> Reply:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from client.bases import Bases
 from common.errors import DiskError
 from common.state import State, state_digest
+from common.update import Moved
 
 
 def model(number: int) -> State:
@@ -34,6 +36,36 @@ def test_what_was_never_held_is_none(tmp_path: Path) -> None:
     assert Bases(tmp_path).get("0" * 64) is None
     assert Bases(tmp_path / "not" / "there").get("0" * 64) is None
     assert not (tmp_path / "not").exists()
+
+
+def test_what_need_not_outlast_a_power_cut_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    moved = Moved(np.arange(4, dtype=np.float16))
+    for durable in (False, True):
+        bases = Bases(tmp_path / str(durable), durable=durable)
+        digest = bases.put(model(1))
+        bases.put_moved(moved)
+        bases.feedback.put("device-1", "a" * 64, 0, np.ones(3, np.float32))
+        assert bool(waited) == durable
+        again = Bases(tmp_path / str(durable), durable=durable)  # as another worker
+        assert again.get(digest) is not None
+        found = again.get_moved(moved.digest)
+        assert found is not None
+        assert found.distance.tobytes() == moved.distance.tobytes()
+        assert again.feedback.get("device-1", "a" * 64, 1, 3).all()
+
+
+def test_how_far_values_moved_is_read_from_the_disk_once(tmp_path: Path) -> None:
+    moved = Moved(np.arange(4, dtype=np.float16))
+    bases = Bases(tmp_path)
+    bases.put_moved(moved)
+    (path,) = (tmp_path / "moved").iterdir()
+    path.unlink()
+    assert bases.get_moved(moved.digest) is moved
+    assert Bases(tmp_path).get_moved(moved.digest) is None
 
 
 def test_nothing_is_written_twice(tmp_path: Path) -> None:

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import common.codec
-from common.codec import _HEADER, Codec, Rows, decode, encode, no_rows
+from common.codec import (
+    _HEADER,
+    Codec,
+    Rows,
+    coarse,
+    decode,
+    decode_exact,
+    encode,
+    encode_exact,
+    no_rows,
+)
 from common.errors import UpdateError
 
 INTS: list[Codec] = ["int8", "int7", "int6", "int5", "int4", "int3", "int2"]
@@ -272,3 +282,61 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
         decode(data, ROWS, "int5")
     with pytest.raises(UpdateError):
         decode(b"flw1" + data, ROWS, "int5")
+
+
+# without loss
+
+
+@given(arrays(np.uint32, st.integers(0, 90)))
+@settings(deadline=None, max_examples=60)
+def test_the_exact_encoding_gives_every_bit_back(bits: np.ndarray) -> None:
+    values = bits.view(np.float32)
+    assert decode_exact(encode_exact(values), len(values)).tobytes() == values.tobytes()
+
+
+def test_a_rounded_model_takes_a_third_of_its_bytes() -> None:
+    values = drawn("normal", filters())
+    assert len(encode_exact(values)) < 0.9 * values.nbytes
+    assert len(encode_exact(coarse(values))) < 0.36 * values.nbytes
+
+
+@given(arrays(np.float32, st.integers(1, 50), elements=st.floats(width=32, allow_nan=False)))
+@settings(deadline=None, max_examples=60)
+def test_rounding_errs_by_at_most_two_to_the_minus_eight(values: np.ndarray) -> None:
+    values = values[np.isfinite(values)]
+    rounded = coarse(values)
+    assert np.isfinite(rounded).all()
+    normal = np.abs(values) >= np.finfo(np.float32).tiny
+    error = np.abs(rounded.astype(np.float64) - values)[normal]
+    assert (error <= np.abs(values.astype(np.float64))[normal] * 2.0**-7).all()
+    inside = normal & (np.abs(values) < 3e38)
+    error = np.abs(rounded.astype(np.float64) - values)[inside]
+    assert (error <= np.abs(values.astype(np.float64))[inside] * 2.0**-8).all()
+    assert coarse(rounded).tobytes() == rounded.tobytes()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_exact_encoding_that_is_not_what_it_says_is_refused(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    data = encode_exact(rng.normal(size=40).astype(np.float32))
+    for wrong in (data[:-1], data + b"\0", data[:10], b"", b"flw1" + data[4:]):
+        with pytest.raises(UpdateError, match=r"encoding (has|of|begins)"):
+            decode_exact(wrong, 40)
+    for size in (39, 41, 10**9):
+        with pytest.raises(UpdateError, match="expected are"):
+            decode_exact(data, size)
+    for _ in range(200):
+        damaged = bytearray(data)
+        damaged[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        with contextlib.suppress(UpdateError):
+            assert len(decode_exact(bytes(damaged), 40)) == 40
+
+
+def test_an_exact_encoding_that_would_unpack_to_gigabytes_is_refused_before() -> None:
+    bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = bomb.compress(bytes(50_000_000)) + bomb.flush()
+    rest = [common.codec._deflate(bytes(40))] * 3
+    parts = [packed, *rest]
+    head = common.codec._EXACT.pack(b"flwx", 40, *(len(part) for part in parts))
+    with pytest.raises(UpdateError, match="unpacks to more"):
+        decode_exact(head + b"".join(parts), 40)

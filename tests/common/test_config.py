@@ -240,3 +240,13 @@ def test_the_digest_is_the_same_however_the_settings_were_given() -> None:
     other = Config(seed=3, max_drop=0.01)
     assert one.digest == other.digest
     assert len(one.digest) == 64
+
+
+def test_a_consolidation_has_a_codec_of_its_own_but_fp32_stays_fp32() -> None:
+    config = Config(codec_up="int8", codec_down="fp16", codec_consolidate="int4")
+    for phase in ("look", "grow", "weigh", "tally"):
+        assert config.codecs(phase) == ("int8", "fp16")
+    for phase in ("consolidate", "judge"):
+        assert config.codecs(phase) == ("int4", "int4")
+    plain = Config(codec_up="fp32", codec_down="int8", codec_consolidate="int4")
+    assert plain.codecs("consolidate") == ("fp32", "int4")

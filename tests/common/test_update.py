@@ -20,8 +20,10 @@ from common.update import (
     Moved,
     as_array,
     check_values,
+    decode_base,
     decode_scores,
     decode_update,
+    encode_base,
     encode_scores,
     move,
     read_array,
@@ -212,3 +214,19 @@ def test_scores_keep_their_order_in_half_the_bytes() -> None:
     np.testing.assert_allclose(read, scores, rtol=2**-10)
     with pytest.raises(UpdateError, match="3000 values"):
         decode_scores(data, 2999)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "int3"])
+def test_a_base_travels_to_the_bit_whatever_the_codec(codec: Any) -> None:
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    sent = encode_base(values, codec)
+    assert sent.dtype == (np.float32 if codec == "fp32" else np.uint8)
+    assert decode_base(sent, 1000, codec).tobytes() == values.tobytes()
+    with pytest.raises(UpdateError, match="expected"):
+        decode_base(sent, 999, codec)
+    other: Any = "int8" if codec == "fp32" else "fp32"
+    with pytest.raises(UpdateError, match="base model is"):
+        decode_base(sent, 1000, other)
+    values[7] = np.nan
+    with pytest.raises(UpdateError, match="not finite"):
+        decode_base(encode_base(values, codec), 1000, codec)

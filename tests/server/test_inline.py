@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,16 +12,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_grid import DirectGrid
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.run import Run
 
 import server.run
 from common.config import Config
 from common.errors import ConfigError
 from common.state import state_digest
-from server.inline import InlineGrid
+from server.inline import Elsewhere, InlineGrid, Shelf, _identify
 from server.progress import NullProgress
 from server.publish import Published
 from server.run import conduct
@@ -145,6 +147,40 @@ def later() -> tuple[InlineGrid, Later]:
     return made, pool
 
 
+def sent(node: int, array: Array) -> Message:
+    content = RecordDict({"arrays": ArrayRecord({"base": array})})
+    return Message(content, dst_node_id=node, message_type="train")
+
+
+def test_what_goes_to_many_lies_in_one_file_until_all_have_answered(tmp_path: Path) -> None:
+    _identify()  # no message is made without
+    shelf = Shelf(tmp_path, least=200)
+    large, small = Array(np.arange(100.0)), Array(np.arange(2, dtype=np.uint8))
+    messages = [sent(node, large) for node in (1, 2, 3)]
+    short = [shelf.shortened(message) for message in messages]
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes() == large.data
+    for made, message in zip(short, messages, strict=True):
+        assert len(pickle.dumps(made)) < 2000
+        assert message.content.array_records["arrays"]["base"].data == large.data
+        again = pickle.loads(pickle.dumps(made))
+        assert again.metadata.dst_node_id == message.metadata.dst_node_id
+        assert again.content.array_records["arrays"]["base"].data == Elsewhere(str(path))
+    little = sent(4, small)
+    assert shelf.shortened(little) is little
+
+    others = [shelf.shortened(sent(1, Array(np.arange(100.0) + n))) for n in range(1, 4)]
+    answered: Future[Message] = Future()
+    for made in others:
+        shelf.done_with(made)(answered)
+    assert path.exists()
+    assert len(list(tmp_path.iterdir())) == 3  # the one in use, and the newest two
+    for made in short:
+        assert path.exists()
+        shelf.done_with(made)(answered)
+    assert not path.exists()
+
+
 def test_replies_come_as_they_are_done_and_only_once(later: tuple[InlineGrid, Later]) -> None:
     grid, pool = later
     identifiers = list(grid.push_messages([hello_message(n) for n in (3, 1, 2)]))
@@ -187,9 +223,10 @@ def test_the_real_devices_answer(tmp_path: Path) -> None:
     assert names == {1: "device-00000", 2: "device-00001", 3: "device-00002"}
 
 
-def children(process: int) -> set[int]:
+def descendants(process: int) -> set[int]:
     tasks = Path(f"/proc/{process}/task").glob("*/children")
-    return {int(child) for task in tasks for child in task.read_text().split()}
+    mine = {int(child) for task in tasks for child in task.read_text().split()}
+    return mine.union(*(descendants(child) for child in mine))
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
@@ -204,8 +241,8 @@ def test_no_worker_outlives_the_server(tmp_path: Path, by: signal.Signals) -> No
     for line in server.stdout:
         if "grow round 2/" in line:
             break
-    workers = children(server.pid)
-    assert len(workers) >= 2
+    workers = descendants(server.pid)  # and what they are forked from
+    assert len(workers) >= 3
     server.send_signal(by)
     rest = server.stdout.read()
     server.stdout.close()

@@ -18,6 +18,7 @@ from common.errors import StoreError
 from server.report import (
     MINUS,
     UNKNOWN,
+    _times,
     duration,
     headline,
     notices,
@@ -135,6 +136,7 @@ def sample_summary(steps: int = 2) -> dict[str, Any]:
             "params_full": FULL,
             "params_slim": SLIM,
             "seconds": 118.0,
+            "seconds_by_phase": {"train": 71.0, "sst": 47.0, "export": 3.5},
             "source": "trained",
         },
         "steps": done,
@@ -527,3 +529,21 @@ def test_differences_are_signed_points(share: float | None, text: str) -> None:
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_page_tells_where_the_time_of_the_prior_and_of_every_step_went() -> None:
+    summary = sample_summary(1)
+    step = summary["steps"][0]
+    step["seconds_by_phase"] = {"grow": 190.0, "weigh": 3.0, "consolidate": 108.0, "export": 14.0}
+    step["distillation"] = {"kind": "proxy", "seconds": 40.0, "lambda": []}
+    brought = {**sample_round(0, "consolidate", 0, 0.6), "seconds": 20.0}
+    weighed = {**sample_round(0, "weigh", 0, 0.6), "seconds": 2.0}
+    prior, first = _times(summary, [brought, weighed, *sample_rounds(1)])
+    expected = {"train": 71.0, "sst": 67.0, "distillation": 0.0, "measuring": 2.0, "export": 3.5}
+    assert prior == {"name": "Prior", **expected, "total": sum(expected.values())}
+    expected = {"train": 150.0, "sst": 108.0, "distillation": 40.0, "measuring": 3.0}
+    expected["export"] = 14.0
+    assert first == {"name": "Step 1", **expected, "total": sum(expected.values())}
+    html = render_report(summary, sample_rounds(1))
+    assert "Where the time went" in html
+    assert "<td>1 min 48 s</td><td>40 s</td><td>3.0 s</td><td>14 s</td>" in html
