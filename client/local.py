@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from client.bases import Bases
+from client.extras import Extras, extras_of
 from client.wire import Arrays, packed_update, received
 from common.accelerator import Accelerator
+from common.anchor import anchored, importances
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import class_log_shares
 from common.errors import UpdateError
@@ -31,6 +33,7 @@ from common.nets import build
 from common.order import NEEDS_BASE, NEEDS_VALUES, NetSpec, Order, Report, as_free_set
 from common.proximal import proximal
 from common.regrow import regrow
+from common.replay import replayed
 from common.rotation import Rotations
 from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
@@ -75,6 +78,7 @@ def carry_out(
         With `declined` set if the device lacks base or values or has too few images.
     update : array or None
         grow, consolidate: packed values after training, or what `client.wire` makes of them.
+        anchor: importances of all weights.
         weigh: packed importances, first the sensitivities of all layers, then their Taylor scores.
 
     Raises
@@ -97,6 +101,9 @@ def carry_out(
         template = cut(template, graph, order.free_set())
     base = _resolve_base(order, arrays.base, template, graph, bases)
     if base is None:
+        return Report(device=data.device, declined=NEEDS_BASE), None
+    extras = extras_of(order, arrays, graph, base, bases)
+    if extras is None:
         return Report(device=data.device, declined=NEEDS_BASE), None
     layout = _layout(order, template, graph, base)
     packed_base = layout.pack(base)
@@ -126,8 +133,14 @@ def carry_out(
     elif order.phase == "weigh":
         update = _scores(student, graph, own, order.batch)
         update = update if order.codec_up == "fp32" else encode_scores(update)
+    elif order.phase == "anchor":
+        rng = torch_rng("anchor", order.run, order.step, data.device)
+        update = importances(student, graph, own, order.importance, rng)
+        update = update if order.codec_up == "fp32" else encode_scores(update)
     elif order.phase != "judge":
-        loss = _train(order, student, teacher, graph, layout, base, own, data.device, accelerator)
+        loss = _train(
+            order, student, teacher, graph, layout, base, own, extras, data.device, accelerator
+        )
         trained = layout.pack(read_state(student))
         update = packed_update(order, start, trained, layout, data.device, bases)
     return (
@@ -205,7 +218,7 @@ def _resolve_base(
 def _layout(order: Order, template: nn.Module, graph: FilterGraph, base: State) -> Layout:
     if order.scope == "expert":
         layout = expert_layout(template, graph.head, order.expert_share)
-    elif order.phase in ("look", "grow", "weigh"):
+    elif order.phase in ("look", "grow", "weigh", "anchor"):
         layout = scope_layout(order.scope, graph, order.free_set(), base)
     else:
         layout = consolidation_layout(graph, order.free_set(), base)
@@ -237,6 +250,7 @@ def _train(
     layout: Layout,
     base: State,
     data: Labelled,
+    extras: Extras,
     device: str,
     accelerator: Accelerator,
 ) -> float:
@@ -279,6 +293,23 @@ def _train(
     if order.prox:
         objective = proximal(objective, student, layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
+    if extras.anchor is not None:
+        importance = dense_layout(graph, base).unpack(base, extras.anchor)
+        objective = anchored(
+            objective, student, layout, importance, base, order.anchor_weight, order.lr
+        )
+    if extras.replay is not None:
+        objective = replayed(
+            objective,
+            student,
+            cut(base_net, graph, as_free_set(order.kept)) if order.phase == "grow" else base_net,
+            Normalisation(order.net.mean, order.net.std).to_tensor(extras.replay),
+            torch_rng("replay", *key),
+            weight=order.replay_weight,
+            temperature=teaching.temperature,
+            batch=order.batch,
+            accelerator=accelerator,
+        )
     with contextlib.ExitStack() as stack:
         rotations = None
         if order.rotations:

@@ -171,6 +171,18 @@ class Config(BaseModel):
         False, description="leave classes that a device lacks out of its cross-entropy"
     )
     prox: NotNegative = Field(0.0, description="mu of FedProx: pull to the round's first model")
+    ewc_weight: NotNegative = Field(
+        0.0, description="pull of each weight to the prior, by what it matters to earlier data"
+    )
+    ewc_importance: Literal["fisher", "mas"] = Field(
+        "fisher", description="how that is measured: Fisher information, or sensitivity (MAS)"
+    )
+    replay: Literal["none", "synthetic"] = Field(
+        "none", description="images beside a device's own: none, or made of the prior by the server"
+    )
+    replay_weight: NotNegative = Field(
+        1.0, description="weight, on these, of the distillation from the earlier model"
+    )
     perturb_keep: Share = Field(
         1.0, description="what all weights are multiplied by at the begin of a step"
     )
@@ -244,6 +256,10 @@ class Config(BaseModel):
     # the server's own data
     proxy: str = Field("", description="unlabelled images at the server; empty = none")
     proxy_size: Count = Field(1000, description="most images used of the proxy")
+    synthetic_images: Annotated[int, Field(ge=2)] = Field(
+        500, description="images that the server makes of the prior, where they are used"
+    )
+    synthetic_steps: Count = Field(200, description="steps of the optimisation that makes them")
     distill_epochs: Count = Field(1, description="epochs of the server's distillation a round")
     distill_lr: Positive = Field(0.005, description="its learning rate")
     calibration: str = Field("", description="images that calibrate int8; empty = the proxy's")
@@ -298,10 +314,26 @@ class Config(BaseModel):
         """SHA-256 (hex) of the settings that decide what comes out.
 
         Where and how fast it is computed does not count: a run may be resumed with other
-        workers, time limits or tries.
+        workers, time limits or tries. Nor does a setting that came later and has its default:
+        what was run before it was there stays the same run.
         """
-        dumped = self.model_dump(exclude=NOT_THE_RESULT)
+        defaults = {name for name in _LATER if getattr(self, name) == _default(name)}
+        dumped = self.model_dump(exclude=NOT_THE_RESULT | defaults)
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
+
+
+_LATER = (
+    "ewc_weight",
+    "ewc_importance",
+    "replay",
+    "replay_weight",
+    "synthetic_images",
+    "synthetic_steps",
+)
+
+
+def _default(name: str) -> Any:
+    return Config.model_fields[name].default
 
 
 NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}

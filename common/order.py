@@ -20,7 +20,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Phase = Literal["look", "weigh", "grow", "tally", "consolidate", "judge"]
+Phase = Literal["look", "weigh", "grow", "tally", "consolidate", "judge", "anchor"]
 
 
 class _Frozen(BaseModel):
@@ -79,7 +79,8 @@ class Order(_Frozen):
         ``look`` answers with statistics of the images (`common.gate`, `common.features`);
         ``grow`` and ``consolidate`` train; ``weigh`` measures the model and every filter's
         importance; ``tally`` answers with class statistics of the grown expert's features;
-        ``judge`` measures the model.
+        ``judge`` measures the model; ``anchor`` answers with what each weight of the model matters
+        to the images (`common.anchor`).
     base : str
         Digest of the model that the packed values refer to.
     regrown : Regrown or None
@@ -119,6 +120,15 @@ class Order(_Frozen):
         None where that was the base.
     feedback : str or None
         Names the phase to whose updates the device adds what coding took from those before.
+    anchor, replay : str or None
+        Digests of the importances by which weights are pulled to the base (`common.anchor`), and
+        of synthetic images to learn from beside the device's own (`common.replay`).
+    anchor_weight, replay_weight : float
+        Of the two.
+    importance : str
+        anchor: which importances (see `common.anchor.importances`).
+
+    Fields that have a default are left out of the text that travels while they have it.
     """
 
     run: int
@@ -158,6 +168,11 @@ class Order(_Frozen):
     moved: Digest | None
     since: Digest | None
     feedback: Digest | None
+    anchor: Digest | None = None
+    anchor_weight: float = Field(0.0, ge=0)
+    importance: Literal["fisher", "mas"] = "fisher"
+    replay: Digest | None = None
+    replay_weight: float = Field(0.0, ge=0)
 
     def free_set(self) -> FreeSet:
         """Return `free` as a free set."""

@@ -18,11 +18,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
+from common.anchor import without
 from common.config import Config
 from common.experts import changed_by, expert_layout
 from common.features import ClassSums, Discriminant, feature_size
@@ -31,13 +33,14 @@ from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments, likened, separation, separation_by_channel
 from common.gate import packed_size as moments_size
 from common.importance import bn_scale, choose, combine_ranks, random_scores
-from common.layout import Layout, consolidation_layout, scope_layout
+from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
 from common.memory import Memory, trunk_of
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
 from common.regrow import Diversity, regrow
 from common.seeds import digest_of, numpy_rng, seed_of
 from common.sparsify import Attempt, off_state, scale_factor, smaller
 from common.state import State, read_state, state_digest, write_state
+from common.update import decode_scores, encode_scores
 from server.prior import make_net
 from server.shared import Shared
 
@@ -79,6 +82,22 @@ class StepOutcome:
 
 
 @dataclass(frozen=True, eq=False)
+class Carried:
+    """What a run takes from step to step beside the model, where a setting asks for it.
+
+    Attributes
+    ----------
+    known : tuple of int
+        Classes that the model has been trained on.
+    anchor : float32 array or None
+        What each weight matters to all data so far, in the dense layout (see `common.anchor`).
+    """
+
+    known: tuple[int, ...] = ()
+    anchor: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class RunState:
     """Where a run is.
 
@@ -111,6 +130,10 @@ class RunState:
         Whose expert this step trains; one more than there were, if it is a new one.
     seen : Moments or None
         Of this step's images, until they belong to `memory`.
+    carried : Carried
+        What earlier steps left.
+    synthetic : uint8 array [N, H, W, C] or None
+        Images that the server made of `prior`, until the step ends.
     """
 
     step: int
@@ -140,11 +163,26 @@ class RunState:
     way: Way = "whole"
     world: int = 0
     seen: Moments | None = None
+    carried: Carried = field(default_factory=Carried)
+    synthetic: np.ndarray | None = None
 
     @cached_property
     def base_digest(self) -> str:
         """Digest of `base`."""
         return state_digest(self.base)
+
+    @cached_property
+    def extras(self) -> dict[str, tuple[str, np.ndarray]]:
+        """What devices may need beside the base, by the field of the order that names it.
+
+        Each with its digest; they hold it for as long as it stays the same.
+        """
+        found = {"anchor": self.carried.anchor, "replay": self.synthetic}
+        return {
+            name: (state_digest({name: torch.from_numpy(array)}), array)
+            for name, array in found.items()
+            if array is not None
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +200,7 @@ class Outcome:
     class_counts : tuple of int
         Training images by class, over the devices.
     sums : float64 array or None
-        look: sum of the devices' packed statistics.
+        look: sum of the devices' packed statistics. anchor: mean of their importances.
     """
 
     values: np.ndarray | None
@@ -175,14 +213,28 @@ class Outcome:
     sums: np.ndarray | None = None
 
 
-def start(plan: Plan, prior: State, free: FreeSet, memory: Memory | None = None) -> RunState:
+def start(
+    plan: Plan,
+    prior: State,
+    free: FreeSet,
+    memory: Memory | None = None,
+    carried: Carried | None = None,
+) -> RunState:
     """Return the state of a new run: at step 1, or at step 0 if the prior has yet to be freed."""
-    config = plan.config
+    config, carried = plan.config, carried or Carried()
     if free.empty and config.freeing in ("always", "prior"):
         return RunState(
-            0, "weigh", prior, prior, free, config.share, config.kd_weight, memory=memory
+            0,
+            "weigh",
+            prior,
+            prior,
+            free,
+            config.share,
+            config.kd_weight,
+            memory=memory,
+            carried=carried,
         )
-    return _begin_step(plan, 1, prior, free, (), memory)
+    return _begin_step(plan, 1, prior, free, (), memory, carried)
 
 
 def _begin_step(
@@ -192,6 +244,7 @@ def _begin_step(
     free: FreeSet,
     finished: tuple[StepOutcome, ...],
     memory: Memory | None,
+    carried: Carried,
 ) -> RunState:
     config = plan.config
     if memory is not None:
@@ -205,12 +258,18 @@ def _begin_step(
             config.kd_weight,
             finished=finished,
             memory=memory,
+            carried=carried,
         )
-    return _begin_growing(plan, step, prior, free, finished)
+    return _begin_growing(plan, step, prior, free, finished, carried)
 
 
 def _begin_growing(
-    plan: Plan, step: int, prior: State, free: FreeSet, finished: tuple[StepOutcome, ...]
+    plan: Plan,
+    step: int,
+    prior: State,
+    free: FreeSet,
+    finished: tuple[StepOutcome, ...],
+    carried: Carried,
 ) -> RunState:
     config = plan.config
     base, source = prior, None
@@ -230,6 +289,7 @@ def _begin_growing(
         config.kd_weight,
         source=source,
         finished=finished,
+        carried=carried,
     )
 
 
@@ -254,7 +314,7 @@ def layout_of(plan: Plan, state: RunState) -> Layout:
     """Return the layout of the packed values in the present phase."""
     if state.way == "expert" and state.phase in ("grow", "tally"):
         return _expert_layout(plan, state.free)
-    if state.phase in ("look", "grow", "weigh"):
+    if state.phase in ("look", "grow", "weigh", "anchor"):
         return scope_layout(plan.config.scope, plan.graph, state.free, state.base)
     return consolidation_layout(plan.graph, state.next_free, state.base)
 
@@ -350,7 +410,28 @@ def order_of(plan: Plan, state: RunState) -> Order:
         moved=None if state.shared is None else state.shared.moved.digest,
         since=None if state.shared is None else state.shared.since,
         feedback=digest_of(*phase) if coded else None,
+        importance=config.ewc_importance,
+        **_extras(config, state),
     )
+
+
+def _extras(config: Config, state: RunState) -> dict[str, Any]:
+    """Return what the order says of the arrays beside the base."""
+    fields: dict[str, Any] = {}
+    if state.way != "whole":
+        return fields
+    if state.phase == "grow" and "anchor" in state.extras:
+        fields |= {"anchor": state.extras["anchor"][0], "anchor_weight": config.ewc_weight}
+    replays = config.replay == "synthetic" and state.phase in ("grow", "consolidate")
+    if replays and "replay" in state.extras:
+        fields |= {"replay": state.extras["replay"][0], "replay_weight": config.replay_weight}
+    return fields
+
+
+def wants_synthetic(config: Config, state: RunState) -> bool:
+    """Return whether the server has to make images before the next round."""
+    wanted = config.replay == "synthetic"
+    return wanted and state.synthetic is None and state.phase == "grow" and state.way == "whole"
 
 
 def crop_of(config: Config, spec: NetSpec) -> int:
@@ -372,6 +453,7 @@ def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         "weigh": _after_weigh,
         "consolidate": _after_consolidate,
         "judge": _after_judge,
+        "anchor": _after_anchor,
     }
     return steps[state.phase](plan, state, outcome)
 
@@ -570,6 +652,8 @@ def _end_step(
     )
     finished = (*state.finished, outcome)
     memory = _after_training(state, refused=refusal is not None)
+    seen = {c for c, count in enumerate(state.class_counts) if count and refusal is None}
+    carried = replace(state.carried, known=tuple(sorted({*state.carried.known, *seen})))
     last = state.step >= plan.config.steps
     if last or (free.empty and plan.config.scope == "rows"):
         stopped = None if last else _nothing_to_grow(plan)
@@ -582,8 +666,47 @@ def _end_step(
             done=True,
             stopped=stopped,
             memory=memory,
+            carried=carried,
         )
-    return _begin_step(plan, state.step + 1, model, free, finished, memory)
+    if carried.anchor is not None and state.way == "whole" and refusal is None:
+        return RunState(
+            state.step,
+            "anchor",
+            model,
+            model,
+            free,
+            plan.config.share,
+            plan.config.kd_weight,
+            finished=finished,
+            memory=memory,
+            carried=carried,
+        )
+    return _begin_step(plan, state.step + 1, model, free, finished, memory, carried)
+
+
+def _after_anchor(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """Add what the weights matter to this step's data, and begin the next step."""
+    assert outcome.sums is not None
+    assert state.carried.anchor is not None
+    total = (state.carried.anchor + outcome.sums).astype(np.float32)
+    carried = replace(state.carried, anchor=anchor_of(plan, state.prior, state.free, total))
+    return _begin_step(
+        plan,
+        state.step + 1,
+        state.prior,
+        state.free,
+        state.finished,
+        state.memory,
+        carried,
+    )
+
+
+def anchor_of(plan: Plan, state: State, free: FreeSet, packed: np.ndarray) -> np.ndarray:
+    """Return importances as the devices will decode them, zero at free filters."""
+    packed = without(packed, plan.graph, free, state)
+    if plan.config.codec_down == "fp32":
+        return packed
+    return decode_scores(encode_scores(packed), len(packed))
 
 
 def _nothing_to_grow(plan: Plan) -> str:
@@ -628,7 +751,9 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
     world = _world(plan, memory, seen, state.step)
     if world == 0 and memory.plain:
-        growing = _begin_growing(plan, state.step, state.prior, state.free, state.finished)
+        growing = _begin_growing(
+            plan, state.step, state.prior, state.free, state.finished, state.carried
+        )
         return replace(growing, memory=memory, seen=seen)
     base = read_state(_trunk(plan, state))
     if 0 < world <= len(memory.experts):
@@ -728,7 +853,9 @@ def _stem_text(memory: Memory) -> str:
 
 
 def statistics_size(plan: Plan, state: RunState) -> int:
-    """Return how many values a device's statistics have in this look."""
+    """Return how many values a device's statistics have in this look, tally or anchor."""
+    if state.phase == "anchor":
+        return dense_layout(plan.graph, state.base).size
     assert state.memory is not None
     if state.phase == "look" and state.round == 0:
         return moments_size(len(state.memory.worlds[0].total))
@@ -758,7 +885,10 @@ def rounds_left(plan: Plan, state: RunState) -> int:
     }
     if config.freeing in ("prior", "never") and state.step > 0:
         of_step = {"grow": config.rounds}
+    if config.ewc_weight:
+        of_step["anchor"] = 1
     phases = list(of_step)
     here = phases.index(state.phase)
     rest = sum(of_step[phase] for phase in phases[here:]) - state.round
-    return rest + (config.steps - state.step) * sum(of_step.values())
+    without_last = 1 if "anchor" in of_step else 0
+    return rest + (config.steps - state.step) * sum(of_step.values()) - without_last

@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from common.accelerator import CPU, Accelerator
 from common.errors import RoundError, UpdateError
 from common.order import NEEDS_BASE, NEEDS_VALUES
 from common.update import move
@@ -32,6 +33,7 @@ from server.plan import (
     score_slices,
 )
 from server.shared import share
+from server.synthetic import with_synthetic
 from server.wire import Reply, order_message, read_reply
 
 
@@ -72,6 +74,7 @@ def play_rounds(
     watcher: Watcher,
     after_round: Callable[[RunState, RunState, dict[str, Any]], None],
     distiller: Distiller | None = None,
+    accelerator: Accelerator = CPU,
 ) -> RunState:
     """Play rounds until the plan is done.
 
@@ -86,6 +89,8 @@ def play_rounds(
         checkpoint, so what it has returned from is never lost.
     distiller : Distiller, optional
         Of the server's own images.
+    accelerator : Accelerator
+        Where the server makes images of its model, if any setting asks for them.
 
     Raises
     ------
@@ -93,7 +98,10 @@ def play_rounds(
         If too few devices answered a round, `repeats` times in a row.
     """
     while not state.done:
+        state, seconds = with_synthetic(plan, state, accelerator)
         outcome, record = _valid_round(grid, plan, state, fleet, watcher, distiller)
+        if seconds:
+            record["synthesis_seconds"] = seconds
         before, state = state, _shared(plan, state, advance(plan, state, outcome))
         after_round(before, state, record)
     return state
@@ -245,6 +253,9 @@ def _aggregate(
     if state.phase in ("look", "tally"):
         sums = sum(admission.decoded(reply).astype(np.float64) for reply in replies.values())
         return replace(outcome, sums=np.asarray(sums)), math.nan
+    if state.phase == "anchor":
+        shares = (r.report.images / images * admission.decoded(r) for r in replies.values())
+        return replace(outcome, sums=np.asarray(sum(shares), np.float64)), math.nan
     if state.phase == "weigh":
         return replace(outcome, scores=_scores(plan, replies, admission)), math.nan
     if state.phase == "judge":

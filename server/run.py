@@ -25,14 +25,14 @@ from flwr.serverapp import Grid
 from common.config import Config
 from common.errors import ConfigError, FallowError, NetError, StoreError
 from common.store import disk_errors, write_bytes
+from server.begin import first_state
 from server.checkpoint import Checkpoint, CheckpointFolder
 from server.distill import ProxyDistiller
 from server.fleet import Fleet
-from server.plan import RunState, current_model, rounds_left, start
+from server.plan import RunState, current_model, rounds_left
 from server.prior import Prior, bring_prior, train_prior
 from server.progress import Progress
 from server.publish import publish
-from server.remember import remember
 from server.report import write_report, write_summary
 from server.results import Results
 from server.rounds import play_rounds
@@ -176,8 +176,8 @@ class _Conductor:
         began = time.monotonic()
         prior = self._make_prior()
         images = None if prior.source == "brought" else self._world.scenario.prior
-        memory = remember(self._world.plan, prior.state, prior.free, images)
-        state = start(self._world.plan, prior.state, prior.free, memory)
+        world = self._world
+        state = first_state(world.plan, prior.state, prior.free, images, world.accelerator)
         self._results.prior_made(prior, time.monotonic() - began)
         if state.step > 0:
             self._publish(0, state)
@@ -233,7 +233,16 @@ class _Conductor:
                 self._announce(after)
 
         self._announce(state)
-        state = play_rounds(self._grid, plan, state, fleet, self._progress, after_round, distiller)
+        state = play_rounds(
+            self._grid,
+            plan,
+            state,
+            fleet,
+            self._progress,
+            after_round,
+            distiller,
+            self._world.accelerator,
+        )
         if state.stopped is not None:
             raise NetError(state.stopped)
 

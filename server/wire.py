@@ -29,7 +29,9 @@ def hello_message(node: int) -> Message:
 
 def order_message(node: int, order: Order, arrays: dict[str, np.ndarray]) -> tuple[Message, int]:
     """Return an order as a message, and its size in bytes."""
-    content = RecordDict({"order": ConfigRecord({"json": order.model_dump_json()})})
+    content = RecordDict(
+        {"order": ConfigRecord({"json": order.model_dump_json(exclude_defaults=True)})}
+    )
     if arrays:
         content["arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
     group = f"{order.step}.{order.phase}.{order.attempt}.{order.round}"

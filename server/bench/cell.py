@@ -25,16 +25,16 @@ from common.filters import FreeSet, parameter_count
 from common.memory import Memory, assembled
 from common.state import State, state_digest
 from common.store import read_json, write_json
+from server.begin import first_state
 from server.bench.exam import Exam, Marks, exam_of
 from server.bench.here import HereGrid
 from server.bench.methods import method_of
 from server.bench.priors import freed_prior, trained_prior
 from server.bench.protocols import settings_of
 from server.fleet import Fleet
-from server.plan import Plan, RunState, StepOutcome, current_model, start
+from server.plan import Plan, RunState, StepOutcome, current_model
 from server.prior import fit_prior
 from server.progress import NullProgress
-from server.remember import remember
 from server.rounds import play_rounds
 from server.world import World, open_world
 
@@ -196,6 +196,7 @@ def run_afresh(cell: Cell, out: Path) -> Record:
         "bytes_up": sum(r["bytes_up"] for r in played.rounds),
         "bytes_down": sum(r["bytes_down"] for r in played.rounds),
         "device_cpu_seconds": played.cpu_seconds,
+        "synthesis_seconds": sum(r.get("synthesis_seconds", 0.0) for r in played.rounds),
         "memory": played.memory,
         "unslimmed": None if played.unslimmed is None else played.unslimmed.parts,
         **_size(world.plan, played),
@@ -258,8 +259,7 @@ def play(world: World, exam: Exam, prior: State, free: FreeSet) -> Played:
         HereGrid(config.flat(), config.devices, cache) as grid,
     ):
         watcher = NullProgress()
-        memory = remember(plan, prior, free, world.scenario.prior)
-        first = start(plan, prior, free, memory)
+        first = first_state(plan, prior, free, world.scenario.prior, world.accelerator)
         done = play_rounds(grid, plan, first, Fleet(grid), watcher, after_round)
         played.cpu_seconds = grid.cpu_seconds
         played.memory = grid.memory.peak

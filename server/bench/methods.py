@@ -64,6 +64,12 @@ _ALL = (
         },
     ),
     Method(
+        "fedewc",
+        "FedAvg + elastic weight consolidation, Fisher of the prior's data at the server, of later "
+        "data on the devices (Kirkpatrick et al., PNAS 2017)",
+        {**WHOLE, "ewc_weight": 100.0},
+    ),
+    Method(
         "fedntd",
         "FedAvg + not-true KD from the round's model, T 1, weight 1 (Lee et al., NeurIPS 2022)",
         {
@@ -74,6 +80,12 @@ _ALL = (
             "ntd_weight": 1.0,
             "adaptive": False,
         },
+    ),
+    Method(
+        "generative",
+        "FedAvg + KD from the prior on images that the server makes of it without data (TARGET, "
+        "Zhang et al., ICCV 2023; images as in DeepInversion, Yin et al., CVPR 2020)",
+        {**WHOLE, "replay": "synthetic", "replay_weight": 1.0},
     ),
     Method(
         "shrink-perturb",
