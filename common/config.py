@@ -85,6 +85,11 @@ class Config(BaseModel):
     alpha: Positive = Field(0.5, description="Dirichlet concentration; small = skewed")
     classes_per_device: Count = Field(2, description="partition 'classes': classes a device")
     column: str = Field("", description="partition 'natural': the column that names the device")
+    validate_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0,
+        description="share of every world's training images that is tested on instead of its test "
+        "images, which are then not looked at: for tuning",
+    )
     heldout: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.15, description="share of the training images that only decides, fixed by content"
     )
@@ -259,7 +264,7 @@ class Config(BaseModel):
     synthetic_images: Annotated[int, Field(ge=2)] = Field(
         500, description="images that the server makes of the prior, where they are used"
     )
-    synthetic_steps: Count = Field(200, description="steps of the optimisation that makes them")
+    synthetic_steps: Count = Field(100, description="steps of the optimisation that makes them")
     distill_epochs: Count = Field(1, description="epochs of the server's distillation a round")
     distill_lr: Positive = Field(0.005, description="its learning rate")
     calibration: str = Field("", description="images that calibrate int8; empty = the proxy's")
@@ -323,6 +328,7 @@ class Config(BaseModel):
 
 
 _LATER = (
+    "validate_share",
     "ewc_weight",
     "ewc_importance",
     "replay",

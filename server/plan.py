@@ -430,8 +430,13 @@ def _extras(config: Config, state: RunState) -> dict[str, Any]:
 
 def wants_synthetic(config: Config, state: RunState) -> bool:
     """Return whether the server has to make images before the next round."""
-    wanted = config.replay == "synthetic"
-    return wanted and state.synthetic is None and state.phase == "grow" and state.way == "whole"
+    here = state.phase == "grow" and state.way == "whole"
+    return makes_images(config) and here and state.synthetic is None
+
+
+def makes_images(config: Config) -> bool:
+    """Return whether the server makes images of the prior at all."""
+    return config.replay == "synthetic"
 
 
 def crop_of(config: Config, spec: NetSpec) -> int:

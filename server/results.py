@@ -21,7 +21,7 @@ from common.memory import Memory, assembled
 from common.sparsify import Attempt
 from common.state import State, write_state
 from common.train import Labelled, accuracy_of
-from server.plan import RunState, StepOutcome
+from server.plan import RunState, StepOutcome, makes_images
 from server.prior import Prior
 from server.publish import Published
 from server.world import World
@@ -208,8 +208,7 @@ class Results:
             "seed": config.seed,
             "scope": config.scope,
             "engine": self._engine,
-            "server_data": "none" if world.proxy is None else "proxy",
-            "server_data_images": 0 if world.proxy is None else len(world.proxy),
+            **_server_data(world),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in _VERSIONS},
@@ -330,3 +329,11 @@ def _freeing(outcome: StepOutcome) -> Record:
         "after_cut": outcome.consolidated,
         "attempts": _attempts(outcome.attempts),
     }
+
+
+def _server_data(world: World) -> Record:
+    """Return which images the server uses, and how many."""
+    uses = {"proxy": 0 if world.proxy is None else len(world.proxy)}
+    uses["synthetic"] = world.config.synthetic_images if makes_images(world.config) else 0
+    kinds = [kind for kind, count in uses.items() if count]
+    return {"server_data": "+".join(kinds) or "none", "server_data_images": sum(uses.values())}

@@ -13,7 +13,6 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from common.accelerator import CPU, Accelerator
 from common.errors import RoundError, UpdateError
 from common.order import NEEDS_BASE, NEEDS_VALUES
 from common.update import move
@@ -33,7 +32,7 @@ from server.plan import (
     score_slices,
 )
 from server.shared import share
-from server.synthetic import with_synthetic
+from server.synthetic import ImageMaker
 from server.wire import Reply, order_message, read_reply
 
 
@@ -66,6 +65,9 @@ class Tally:
     declined: Counter[str] = field(default_factory=Counter)
 
 
+_MAKER = ImageMaker()
+
+
 def play_rounds(
     grid: Grid,
     plan: Plan,
@@ -74,7 +76,7 @@ def play_rounds(
     watcher: Watcher,
     after_round: Callable[[RunState, RunState, dict[str, Any]], None],
     distiller: Distiller | None = None,
-    accelerator: Accelerator = CPU,
+    maker: ImageMaker = _MAKER,
 ) -> RunState:
     """Play rounds until the plan is done.
 
@@ -89,8 +91,8 @@ def play_rounds(
         checkpoint, so what it has returned from is never lost.
     distiller : Distiller, optional
         Of the server's own images.
-    accelerator : Accelerator
-        Where the server makes images of its model, if any setting asks for them.
+    maker : ImageMaker
+        Makes the server's synthetic images, if any setting asks for them.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def play_rounds(
         If too few devices answered a round, `repeats` times in a row.
     """
     while not state.done:
-        state, seconds = with_synthetic(plan, state, accelerator)
+        state, seconds = maker(plan, state)
         outcome, record = _valid_round(grid, plan, state, fleet, watcher, distiller)
         if seconds:
             record["synthesis_seconds"] = seconds

@@ -36,6 +36,7 @@ from server.publish import publish
 from server.report import write_report, write_summary
 from server.results import Results
 from server.rounds import play_rounds
+from server.synthetic import ImageMaker
 from server.world import open_world
 
 
@@ -241,7 +242,7 @@ class _Conductor:
             self._progress,
             after_round,
             distiller,
-            self._world.accelerator,
+            ImageMaker(self._world.accelerator),
         )
         if state.stopped is not None:
             raise NetError(state.stopped)

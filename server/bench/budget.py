@@ -27,6 +27,7 @@ from server.fleet import Fleet
 from server.plan import RunState
 from server.progress import NullProgress
 from server.rounds import play_rounds
+from server.synthetic import ImageMaker
 from server.world import open_world
 
 Kind = Literal["rounds", "bytes", "compute"]
@@ -183,5 +184,13 @@ def _two_rounds(cell: Cell, out: Path) -> list[Record]:
 
         state = first_state(world.plan, prior, free, world.scenario.prior, world.accelerator)
         with contextlib.suppress(_EnoughError):
-            play_rounds(grid, world.plan, state, Fleet(grid), NullProgress(), after_round)
+            play_rounds(
+                grid,
+                world.plan,
+                state,
+                Fleet(grid),
+                NullProgress(),
+                after_round,
+                maker=ImageMaker(world.accelerator, out / "priors"),
+            )
     return costs

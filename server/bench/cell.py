@@ -36,6 +36,7 @@ from server.plan import Plan, RunState, StepOutcome, current_model
 from server.prior import fit_prior
 from server.progress import NullProgress
 from server.rounds import play_rounds
+from server.synthetic import ImageMaker
 from server.world import World, open_world
 
 Record = dict[str, Any]
@@ -177,7 +178,7 @@ def run_afresh(cell: Cell, out: Path) -> Record:
         blank = [[math.nan] * len(first.parts)] * (cell.config.steps - 1)
         played.rows = [*blank, exam.mark(world.plan, played.model).parts]
     else:
-        played = play(world, exam, *first_model(cell, world, out))
+        played = play(world, exam, *first_model(cell, world, out), out / "priors")
     last = exam.mark(world.plan, played.model, played.free, played.added)
     rows = [first.parts, *played.rows]
     matrix = np.array(rows)
@@ -236,8 +237,13 @@ def first_model(cell: Cell, world: World, out: Path) -> tuple[State, FreeSet]:
     return freed_prior(world, cell.base, out / "priors")
 
 
-def play(world: World, exam: Exam, prior: State, free: FreeSet) -> Played:
-    """Play all rounds of `world`'s settings, from a prior and its free filters."""
+def play(
+    world: World, exam: Exam, prior: State, free: FreeSet, images: Path | None = None
+) -> Played:
+    """Play all rounds of `world`'s settings, from a prior and its free filters.
+
+    Images that the server makes of a model are kept in the folder `images`.
+    """
     config, plan = world.config, world.plan
     played = Played(prior, free)
 
@@ -260,7 +266,15 @@ def play(world: World, exam: Exam, prior: State, free: FreeSet) -> Played:
     ):
         watcher = NullProgress()
         first = first_state(plan, prior, free, world.scenario.prior, world.accelerator)
-        done = play_rounds(grid, plan, first, Fleet(grid), watcher, after_round)
+        done = play_rounds(
+            grid,
+            plan,
+            first,
+            Fleet(grid),
+            watcher,
+            after_round,
+            maker=ImageMaker(world.accelerator, images),
+        )
         played.cpu_seconds = grid.cpu_seconds
         played.memory = grid.memory.peak
     played.model, played.free, played.added = done.prior, done.free, done.memory

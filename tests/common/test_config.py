@@ -18,6 +18,7 @@ NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accele
 OTHERS: dict[str, Any] = {
     "channels": 3,
     "heldout": 0.2,
+    "validate_share": 0.2,
     "share": 0.25,
     "cap": 0.6,
     "anneal": 0.5,
