@@ -27,10 +27,18 @@ from common.features import class_sums
 from common.filters import FilterGraph, cut
 from common.gate import stem_conv, stem_moments
 from common.importance import sensitivity, taylor
-from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
+from common.layout import (
+    Layout,
+    consolidation_layout,
+    dense_layout,
+    rates_of,
+    scope_layout,
+    without_scales,
+)
 from common.memory import trunk_of
 from common.nets import build
 from common.order import NEEDS_BASE, NEEDS_VALUES, NetSpec, Order, Report, as_free_set
+from common.peers import Once, Peers, joined, joined_layout, mutual, peer
 from common.proximal import proximal
 from common.regrow import regrow
 from common.replay import replayed
@@ -99,6 +107,8 @@ def carry_out(
         return Report(device=data.device, declined=f"{len(trained_on)} training image(s)"), None
     if order.scope == "expert":
         template = cut(template, graph, order.free_set())
+    if order.peers > 1:
+        template = Peers(template, order.peers)
     base = _resolve_base(order, arrays.base, template, graph, bases)
     if base is None:
         return Report(device=data.device, declined=NEEDS_BASE), None
@@ -123,8 +133,10 @@ def carry_out(
         bases.put(current)
 
     student = _net(template, current, accelerator)
-    teacher = _net(template, base, accelerator)
-    prior_right, right = _right(teacher, held, accelerator), _right(student, held, accelerator)
+    teacher = _first(_net(template, base, accelerator))
+    prior_right = _right(teacher, held, accelerator)
+    rights = [_right(net, held, accelerator) for net in _nets(student)]
+    right = rights[0]
     update, loss = None, 0.0
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
@@ -158,6 +170,7 @@ def carry_out(
             class_counts=torch.bincount(own.y, minlength=order.net.classes).tolist(),
             heldout=len(held),
             right=int(right.sum()),
+            peer_right=[int(each.sum()) for each in rights] if len(rights) > 1 else [],
             prior_right=int(prior_right.sum()),
             both_right=int((right & prior_right).sum()),
             loss=loss,
@@ -202,7 +215,9 @@ def _resolve_base(
             return None
         free = as_free_set(order.regrown.free)
         rules = order.regrown.rules()
-        made = regrow(source, graph, free, seed=order.regrown.seed, diversity=rules)
+        seeds = (order.regrown.seed, *order.regrown.others)
+        drawn = [regrow(source, graph, free, seed=seed, diversity=rules) for seed in seeds]
+        made = drawn[0] if len(drawn) == 1 else joined(drawn)
     else:
         return None
     if state_digest(made) != order.base:
@@ -219,7 +234,12 @@ def _layout(order: Order, template: nn.Module, graph: FilterGraph, base: State) 
     if order.scope == "expert":
         layout = expert_layout(template, graph.head, order.expert_share)
     elif order.phase in ("look", "grow", "weigh", "anchor"):
-        layout = scope_layout(order.scope, graph, order.free_set(), base)
+        one = base if order.peers == 1 else peer(base, 0)
+        layout = scope_layout(order.scope, graph, order.free_set(), one)
+        if order.spare:
+            layout = without_scales(layout, graph, as_free_set(order.spare))
+        if order.peers > 1:
+            layout = joined_layout(layout, order.peers)
     else:
         layout = consolidation_layout(graph, order.free_set(), base)
     if order.layout is not None and layout.digest != order.layout:
@@ -234,6 +254,15 @@ def _net(template: nn.Module, state: State, accelerator: Accelerator) -> nn.Modu
     net = copy.deepcopy(template)
     write_state(net, state)
     return net.eval().to(accelerator.device)
+
+
+def _nets(net: nn.Module) -> list[nn.Module]:
+    """Return the peers in `net`, or `net` alone."""
+    return list(net.nets) if isinstance(net, Peers) else [net]
+
+
+def _first(net: nn.Module) -> nn.Module:
+    return _nets(net)[0]
 
 
 def _right(net: nn.Module, data: Labelled, accelerator: Accelerator) -> torch.Tensor:
@@ -289,7 +318,11 @@ def _train(
     skew = class_log_shares(
         data.y, known, teaching.calibration, mask_absent=teaching.mask_absent
     ).to(accelerator.device)
+    if order.peers > 1:
+        teachers = [Once(teacher) for teacher in teachers]
     objective = multi_step_objective(teachers, teaching.distillation(), skew)
+    if order.peers > 1:
+        objective = mutual(objective, order.peer_weight)
     if order.prox:
         objective = proximal(objective, student, layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
@@ -310,6 +343,12 @@ def _train(
             batch=order.batch,
             accelerator=accelerator,
         )
+    rates = None
+    if order.full_rate is not None:
+        inner = scope_layout(order.full_rate, graph, order.free_set(), base)
+        if order.spare:
+            inner = without_scales(inner, graph, as_free_set(order.spare))
+        rates = rates_of(layout, inner, order.kept_lr)
     with contextlib.ExitStack() as stack:
         rotations = None
         if order.rotations:
@@ -327,6 +366,7 @@ def _train(
             torch_rng("train", *key),
             accelerator=accelerator,
             rotations=rotations,
+            rates=rates,
             before_step=before_step,
         )
     return trained.loss

@@ -45,6 +45,8 @@ class Regrown(_Frozen):
     free: Channels
     seed: int
     diversity: tuple[float, float, float, float]
+    others: list[int] = Field(default_factory=list)
+    """Seeds of further peers: the base is then all of them (see `common.peers`)."""
 
     def rules(self) -> Diversity:
         """Return the shares of the re-initialisation rules."""
@@ -125,6 +127,13 @@ class Order(_Frozen):
         of synthetic images to learn from beside the device's own (`common.replay`).
     anchor_weight, replay_weight : float
         Of the two.
+    spare : dict
+        Filters that are off and stay so.
+    full_rate, kept_lr : str or None, float
+        The scope that trains at the full learning rate, and the factor on that of all else; None
+        where all that is trained does.
+    peer_weight : float
+        Of what peers learn from one another.
     importance : str
         anchor: which importances (see `common.anchor.importances`).
 
@@ -173,6 +182,15 @@ class Order(_Frozen):
     importance: Literal["fisher", "mas"] = "fisher"
     replay: Digest | None = None
     replay_weight: float = Field(0.0, ge=0)
+    spare: Channels = Field(default_factory=dict)
+    full_rate: Literal["rows", "group"] | None = None
+    kept_lr: float = Field(0.0, ge=0, le=1)
+    peer_weight: float = Field(0.0, ge=0)
+
+    @property
+    def peers(self) -> int:
+        """How many nets the base is."""
+        return 1 + (0 if self.regrown is None else len(self.regrown.others))
 
     def free_set(self) -> FreeSet:
         """Return `free` as a free set."""
@@ -195,6 +213,8 @@ class Report(_Frozen):
         The training images by class; they sum to `images`.
     right, prior_right, both_right : int
         Held-out images that the received model, the base, and both of them get right.
+    peer_right : list of int
+        `right` of every peer, of which the first is the received model; empty without peers.
     """
 
     device: str
@@ -213,6 +233,7 @@ class Report(_Frozen):
     right: int = Field(0, ge=0)
     prior_right: int = Field(0, ge=0)
     both_right: int = Field(0, ge=0)
+    peer_right: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     loss: float = 0.0
     seconds: float = Field(0.0, ge=0)
 

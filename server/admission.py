@@ -95,6 +95,14 @@ def _check_report(report: Report, order: Order, device: str) -> None:
             f"right {report.right}, prior_right {report.prior_right} and both_right "
             f"{report.both_right} do not fit {report.heldout} held-out images"
         )
+    peers = order.peers if order.phase == "grow" else 1
+    if len(report.peer_right) != (peers if peers > 1 else 0) or any(
+        right > report.heldout for right in report.peer_right
+    ):
+        raise UpdateError(
+            f"peer_right {str(report.peer_right)[:80]} does not fit {peers} peer(s) and "
+            f"{report.heldout} held-out images"
+        )
     if not (1 <= report.images <= 2**53 and math.isfinite(report.loss)):
         raise UpdateError(f"images {report.images} with loss {report.loss} are no counts to use")
     if (len(report.class_counts), sum(report.class_counts)) != (order.net.classes, report.images):

@@ -29,14 +29,22 @@ from common.config import Config
 from common.experts import changed_by, expert_layout
 from common.features import ClassSums, Discriminant, feature_size
 from common.features import packed_size as sums_size
-from common.filters import FilterGraph, FreeSet, cut
+from common.filters import FilterGraph, FreeSet, common_part, cut, portion, union
 from common.gate import Moments, likened, separation, separation_by_channel
 from common.gate import packed_size as moments_size
 from common.importance import bn_scale, choose, combine_ranks, random_scores
-from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
+from common.layout import (
+    Layout,
+    consolidation_layout,
+    dense_layout,
+    scope_layout,
+    without_scales,
+)
 from common.memory import Memory, trunk_of
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
+from common.peers import joined, joined_layout, peer
 from common.regrow import Diversity, regrow
+from common.schedule import Scope
 from common.seeds import digest_of, numpy_rng, seed_of
 from common.sparsify import Attempt, off_state, scale_factor, smaller
 from common.state import State, read_state, state_digest, write_state
@@ -91,10 +99,16 @@ class Carried:
         Classes that the model has been trained on.
     anchor : float32 array or None
         What each weight matters to all data so far, in the dense layout (see `common.anchor`).
+    spare : FreeSet
+        A reserve: filters that were freed in the prior and are off until a later step's turn.
+    learnt : bool
+        Whether the free set is part of the prior model: nobody frees it again.
     """
 
     known: tuple[int, ...] = ()
     anchor: np.ndarray | None = None
+    spare: FreeSet = field(default_factory=lambda: FreeSet({}))
+    learnt: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +148,10 @@ class RunState:
         What earlier steps left.
     synthetic : uint8 array [N, H, W, C] or None
         Images that the server made of `prior`, until the step ends.
+    peers : int
+        Nets that `base` and `values` hold (see `common.peers`); one, but for growing.
+    best : int
+        Which of the step's peers became the model.
     """
 
     step: int
@@ -165,6 +183,14 @@ class RunState:
     seen: Moments | None = None
     carried: Carried = field(default_factory=Carried)
     synthetic: np.ndarray | None = None
+    peers: int = 1
+    best: int = 0
+
+    @property
+    def off(self) -> FreeSet:
+        """Filters of `prior` that are off."""
+        unused = [self.carried.spare] if self.carried.learnt else [self.free, self.carried.spare]
+        return union(*unused)
 
     @cached_property
     def base_digest(self) -> str:
@@ -199,6 +225,8 @@ class Outcome:
         weigh: importances per layer, one dict a kind.
     class_counts : tuple of int
         Training images by class, over the devices.
+    peer_right : tuple of int
+        `right` of every peer.
     sums : float64 array or None
         look: sum of the devices' packed statistics. anchor: mean of their importances.
     """
@@ -211,6 +239,7 @@ class Outcome:
     scores: tuple[Scores, ...] = ()
     class_counts: tuple[int, ...] = ()
     sums: np.ndarray | None = None
+    peer_right: tuple[int, ...] = ()
 
 
 def start(
@@ -247,6 +276,9 @@ def _begin_step(
     carried: Carried,
 ) -> RunState:
     config = plan.config
+    if config.reserve:  # until the step is known to train filters, all that is left is off
+        left = carried.spare if carried.learnt or free.empty else union(free, carried.spare)
+        free, carried = FreeSet({}), replace(carried, spare=left, learnt=False)
     if memory is not None:
         return RunState(
             step,
@@ -272,10 +304,17 @@ def _begin_growing(
     carried: Carried,
 ) -> RunState:
     config = plan.config
-    base, source = prior, None
-    if config.regrow and (config.freeing != "prior" or step == 1):
-        seed = _regrow_seed(plan, step)
-        base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+    if config.reserve:
+        free, spare = portion(carried.spare, config.steps - step + 1)
+        carried = replace(carried, spare=spare)
+    base, source, peers = prior, None, 1
+    if config.regrow and not carried.learnt:
+        peers = 1 if free.empty else config.peers
+        drawn = [
+            regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+            for seed in _regrow_seeds(plan, step)[:peers]
+        ]
+        base = drawn[0] if peers == 1 else joined(drawn)
         source = state_digest(prior)
     if config.perturb_keep < 1 or config.perturb_noise > 0:
         base, source = _perturbed(plan, base, step), None
@@ -290,11 +329,14 @@ def _begin_growing(
         source=source,
         finished=finished,
         carried=carried,
+        peers=peers,
     )
 
 
-def _regrow_seed(plan: Plan, step: int) -> int:
-    return seed_of("regrow", plan.config.seed, step)
+def _regrow_seeds(plan: Plan, step: int) -> list[int]:
+    """Return a seed for every peer; the first is that of a net without peers."""
+    seed, peers = plan.config.seed, plan.config.peers
+    return [seed_of("regrow", seed, step, *([k] if k else [])) for k in range(peers)]
 
 
 def _perturbed(plan: Plan, state: State, step: int) -> State:
@@ -313,10 +355,30 @@ def _perturbed(plan: Plan, state: State, step: int) -> State:
 def layout_of(plan: Plan, state: RunState) -> Layout:
     """Return the layout of the packed values in the present phase."""
     if state.way == "expert" and state.phase in ("grow", "tally"):
-        return _expert_layout(plan, state.free)
+        return _expert_layout(plan, state.off)
     if state.phase in ("look", "grow", "weigh", "anchor"):
-        return scope_layout(plan.config.scope, plan.graph, state.free, state.base)
+        layout = scope_layout(_packed_scope(plan, state), plan.graph, _named(state), state.prior)
+        if not state.carried.spare.empty:
+            layout = without_scales(layout, plan.graph, state.carried.spare)
+        return layout if state.peers == 1 else joined_layout(layout, state.peers)
     return consolidation_layout(plan.graph, state.next_free, state.base)
+
+
+def _named(state: RunState) -> FreeSet:
+    """Return the filters that an order names: those to be left out, or to be trained."""
+    without = state.phase == "look" or state.way == "expert"
+    return state.off if without else state.free
+
+
+def scope_of(plan: Plan, state: RunState) -> Scope:
+    """Return what trains at full rate in this round of growing."""
+    first, last = 0, plan.config.rounds
+    number = {"grow": state.round, "look": first}.get(state.phase, last)
+    return plan.config.scope_in(number)
+
+
+def _packed_scope(plan: Plan, state: RunState) -> Scope:
+    return "all" if plan.config.kept_lr else scope_of(plan, state)
 
 
 def anneal_span(plan: Plan, state: RunState) -> tuple[float, float]:
@@ -350,14 +412,17 @@ def order_of(plan: Plan, state: RunState) -> Order:
     looking = state.phase == "look" and state.memory is not None
     regrown = None
     if state.phase in ("grow", "weigh") and state.source is not None:
+        seeds = _regrow_seeds(plan, state.step)
         regrown = Regrown(
             source=state.source,
             free=as_channels(state.free),
-            seed=_regrow_seed(plan, state.step),
+            seed=seeds[state.best],
             diversity=plan.diversity.shares(),
+            others=seeds[1 : state.peers],
         )
     # Where nothing is freed after a step, what its filters have learnt belongs to the next prior.
-    learnt = growing and config.freeing == "prior" and state.step > 1
+    learnt = growing and state.carried.learnt
+    free = state.next_free if consolidating else _named(state)
     begin, end = anneal_span(plan, state)
     keep = None if training else state_digest(current_model(plan, state))
     layout = layout_of(plan, state).digest
@@ -373,9 +438,9 @@ def order_of(plan: Plan, state: RunState) -> Order:
         graph=plan.graph.digest,
         base=state.base_digest,
         regrown=regrown,
-        free=as_channels(state.next_free if consolidating else state.free),
+        free=as_channels(free),
         kept={} if learnt else as_channels(state.free),
-        scope="expert" if expert else config.scope,
+        scope="expert" if expert else _packed_scope(plan, state),
         layout=layout,
         keep=keep,
         epochs=config.epochs if growing else config.consolidate_epochs,
@@ -411,6 +476,10 @@ def order_of(plan: Plan, state: RunState) -> Order:
         since=None if state.shared is None else state.shared.since,
         feedback=digest_of(*phase) if coded else None,
         importance=config.ewc_importance,
+        spare=as_channels(state.carried.spare if not expert else FreeSet({})),
+        full_rate=scope_of(plan, state) if growing and config.kept_lr and not expert else None,
+        kept_lr=config.kept_lr if growing and not expert else 0.0,
+        peer_weight=config.peer_weight if state.peers > 1 else 0.0,
         **_extras(config, state),
     )
 
@@ -431,12 +500,7 @@ def _extras(config: Config, state: RunState) -> dict[str, Any]:
 def wants_synthetic(config: Config, state: RunState) -> bool:
     """Return whether the server has to make images before the next round."""
     here = state.phase == "grow" and state.way == "whole"
-    return makes_images(config) and here and state.synthetic is None
-
-
-def makes_images(config: Config) -> bool:
-    """Return whether the server makes images of the prior at all."""
-    return config.replay == "synthetic"
+    return config.synthesises and here and state.synthetic is None
 
 
 def crop_of(config: Config, spec: NetSpec) -> int:
@@ -478,7 +542,7 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     if done == config.rounds and config.freeing in ("prior", "never"):
         return _after_last_grow(plan, state, outcome)
     more: Phase = "grow" if done < config.rounds else "weigh"
-    return replace(
+    following = replace(
         state,
         phase=more,
         round=done if more == "grow" else 0,
@@ -488,6 +552,30 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         kd_weight=_steer(config, state.kd_weight, outcome),
         lambdas=(*state.lambdas, state.kd_weight),
     )
+    if more == "weigh" and state.peers > 1:
+        return _best_peer(plan, following, outcome)
+    return _repacked(plan, layout_of(plan, state), following)
+
+
+def _best_peer(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """Go on with the peer that was best on held-out images when the last round began."""
+    assert state.values is not None
+    best = int(np.argmax(outcome.peer_right))
+    one = replace(state, base=peer(state.base, best), peers=1, best=best)
+    size = layout_of(plan, one).size
+    return replace(one, values=state.values[best * size : (best + 1) * size])
+
+
+def _repacked(plan: Plan, was: Layout, state: RunState) -> RunState:
+    """Return `state` with values in its own layout, of which `was` is the same or a part."""
+    layout = layout_of(plan, state)
+    if layout.digest == was.digest:
+        return state
+
+    def pack(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else layout.pack(was.unpack(state.base, values))
+
+    return replace(state, values=pack(state.values), tail=pack(state.tail))
 
 
 def _running_mean(tail: np.ndarray | None, values: np.ndarray, number: int) -> np.ndarray | None:
@@ -517,6 +605,8 @@ def _after_last_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         lambdas=(*state.lambdas, state.kd_weight),
     )
     model = current_model(plan, grown)
+    if plan.config.freeing == "prior":
+        grown = replace(grown, carried=replace(grown.carried, learnt=True))
     return _end_step(plan, grown, model, state.free, grown.heldout_grown, None)
 
 
@@ -529,7 +619,7 @@ def _steer(config: Config, weight: float, outcome: Outcome) -> float:
     Used where the server has no images of its own to distil on; it steers by the share of the
     held-out images that the prior gets right and the grown model still does.
     """
-    if config.proxy or not config.adaptive or not outcome.prior_right:
+    if config.distils or not config.adaptive or not outcome.prior_right:
         return weight
     kept = outcome.both_right / outcome.prior_right
     weight *= _STEER_UP if kept < config.retention else _STEER_DOWN
@@ -588,11 +678,18 @@ def _is_worse(outcome: Outcome, allowed: float) -> bool:
 
 def _choose(plan: Plan, state: RunState) -> RunState:
     """Pick the set to free: smaller than one that was refused; if none is left, end the step."""
-    config, scores = plan.config, state.scores
+    config, scores, among = plan.config, state.scores, None
     assert scores is not None
+    if config.free_from == "last" and not state.free.empty:
+        among = state.free
+        scores = {
+            name: score + 2.0 * ~np.isin(np.arange(len(score)), among.channels.get(name, ()))
+            for name, score in scores.items()
+        }  # ranks are at most 1: those of other filters come last
 
     def pick(share: float) -> FreeSet:
-        return choose(plan.graph, scores, share, cap=config.cap)
+        chosen = choose(plan.graph, scores, share, cap=config.cap)
+        return chosen if among is None else common_part(chosen, among)
 
     share, free = state.share, FreeSet({})
     if state.attempt == 0:
@@ -660,7 +757,8 @@ def _end_step(
     seen = {c for c, count in enumerate(state.class_counts) if count and refusal is None}
     carried = replace(state.carried, known=tuple(sorted({*state.carried.known, *seen})))
     last = state.step >= plan.config.steps
-    if last or (free.empty and plan.config.scope == "rows"):
+    nothing = free.empty and carried.spare.empty
+    if last or (nothing and "rows" in plan.config.scopes):
         stopped = None if last else _nothing_to_grow(plan)
         return replace(
             state,
@@ -845,7 +943,7 @@ def _after_training(state: RunState, *, refused: bool) -> Memory | None:
 
 
 def _trunk(plan: Plan, state: RunState) -> nn.Module:
-    return trunk_of(plan.net, plan.graph, state.prior, state.free)
+    return trunk_of(plan.net, plan.graph, state.prior, state.off)
 
 
 def _expert_layout(plan: Plan, free: FreeSet) -> Layout:

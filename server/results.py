@@ -21,7 +21,7 @@ from common.memory import Memory, assembled
 from common.sparsify import Attempt
 from common.state import State, write_state
 from common.train import Labelled, accuracy_of
-from server.plan import RunState, StepOutcome, makes_images
+from server.plan import RunState, StepOutcome
 from server.prior import Prior
 from server.publish import Published
 from server.world import World
@@ -100,7 +100,7 @@ class Results:
 
     def published(self, step: int, state: RunState, published: Published) -> None:
         """Note the model that a step ended with; step 0 is the prior."""
-        free = state.free
+        free = state.off
         share = free.share(self._world.plan.graph)
         if step == 0:
             self.records["digest"] = published.digest
@@ -206,7 +206,7 @@ class Results:
                 "classes": world.plan.spec.classes,
             },
             "seed": config.seed,
-            "scope": config.scope,
+            "scope": config.scope_schedule or config.scope,
             "engine": self._engine,
             **_server_data(world),
             "versions": {
@@ -257,7 +257,7 @@ class Results:
             "seconds_by_phase": dict(seconds),
             "rounds": len(mine),
             "distillation": {
-                "kind": "none" if self._world.proxy is None else "proxy",
+                "kind": self._world.config.distill_source if self._world.config.distils else "none",
                 "seconds": record.get("distill_seconds", 0.0),
                 "lambda": record["lambda"],
             },
@@ -333,7 +333,8 @@ def _freeing(outcome: StepOutcome) -> Record:
 
 def _server_data(world: World) -> Record:
     """Return which images the server uses, and how many."""
-    uses = {"proxy": 0 if world.proxy is None else len(world.proxy)}
-    uses["synthetic"] = world.config.synthetic_images if makes_images(world.config) else 0
+    proxy = world.proxy if world.config.distill_source == "proxy" else None
+    uses = {"proxy": 0 if proxy is None else len(proxy)}
+    uses["synthetic"] = world.config.synthetic_images if world.config.synthesises else 0
     kinds = [kind for kind, count in uses.items() if count]
     return {"server_data": "+".join(kinds) or "none", "server_data_images": sum(uses.values())}

@@ -29,6 +29,7 @@ from server.plan import (
     anneal_span,
     layout_of,
     order_of,
+    scope_of,
     score_slices,
 )
 from server.shared import share
@@ -115,7 +116,9 @@ def _shared(plan: Plan, before: RunState, after: RunState) -> RunState:
         return after if after.shared is None else replace(after, shared=None)
     layout = layout_of(plan, after)
     base, codec = layout.pack(after.base), plan.config.codec_down
-    values, shared = share(after.values, base, before.shared, layout, codec)
+    # another scope, or one net where there were peers: nobody holds values like these yet
+    same = before.shared is not None and layout.digest == layout_of(plan, before).digest
+    values, shared = share(after.values, base, before.shared if same else None, layout, codec)
     return replace(after, values=values, shared=shared)
 
 
@@ -248,6 +251,9 @@ def _aggregate(
         right=sum(report.right for report in reports),
         prior_right=sum(report.prior_right for report in reports),
         both_right=sum(report.both_right for report in reports),
+        peer_right=tuple(
+            sum(counts) for counts in zip(*(r.peer_right for r in reports), strict=True)
+        ),
         class_counts=tuple(
             sum(counts) for counts in zip(*(r.class_counts for r in reports), strict=True)
         ),
@@ -267,7 +273,7 @@ def _aggregate(
     for reply in replies.values():
         mean.add(admission.decoded(reply), reply.report.images)
     values = mean.result()
-    if distiller is not None and state.phase == "grow":
+    if distiller is not None and state.phase == "grow" and state.way == "whole":
         updates = [admission.decoded(reply) for reply in replies.values()]
         values = distiller(plan, state, values, updates)
     if state.shared is not None:
@@ -290,7 +296,7 @@ def _scores(plan: Plan, replies: dict[str, Reply], admission: Admission) -> tupl
 def _scope(plan: Plan, state: RunState) -> str:
     if state.phase != "grow":
         return "all"
-    return "expert" if state.way == "expert" else plan.config.scope
+    return "expert" if state.way == "expert" else scope_of(plan, state)
 
 
 def _record(

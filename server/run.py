@@ -27,7 +27,7 @@ from common.errors import ConfigError, FallowError, NetError, StoreError
 from common.store import disk_errors, write_bytes
 from server.begin import first_state
 from server.checkpoint import Checkpoint, CheckpointFolder
-from server.distill import ProxyDistiller
+from server.distill import distiller_of
 from server.fleet import Fleet
 from server.plan import RunState, current_model, rounds_left
 from server.prior import Prior, bring_prior, train_prior
@@ -210,9 +210,7 @@ class _Conductor:
         self._trim_rounds(checkpoint.rounds)
         self._progress.plan(checkpoint.rounds + rounds_left(plan, state), done=checkpoint.rounds)
         fleet = Fleet(self._grid, checkpoint.held)
-        distiller = None
-        if self._world.proxy is not None:
-            distiller = ProxyDistiller(self._world.proxy, self._world.accelerator)
+        distiller = distiller_of(self._world)
 
         def after_round(before: RunState, after: RunState, record: dict[str, Any]) -> None:
             if distiller is not None:
@@ -267,7 +265,7 @@ class _Conductor:
             self._results.grown(before.step, grown)
         if len(after.finished) > len(before.finished):
             if before.phase in ("grow", "look"):  # nothing is freed after the step
-                self._results.grown(before.step, after.prior, after.free, after.memory)
+                self._results.grown(before.step, after.prior, after.off, after.memory)
             outcome = after.finished[-1]
             for text in self._results.verdicts(outcome):
                 self._progress.message(text)
@@ -278,7 +276,7 @@ class _Conductor:
         published = publish(
             self._world,
             state.prior,
-            state.free,
+            state.off,
             state.memory,
             step,
             self._folder.model(step),

@@ -57,7 +57,7 @@ class ImageMaker:
         began = time.monotonic()
         config, spec = plan.config, plan.spec
         images = synthesise(
-            trunk_of(plan.net, plan.graph, state.prior, state.free).to(self._accelerator.device),
+            trunk_of(plan.net, plan.graph, state.prior, state.off).to(self._accelerator.device),
             state.carried.known or tuple(range(spec.classes)),
             config.synthetic_images,
             spec.input_shape,
@@ -74,7 +74,7 @@ def _key(plan: Plan, state: RunState) -> str:
     config = plan.config
     return digest_of(
         state_digest(state.prior),
-        state.free.digest,
+        state.off.digest,
         plan.spec.model_dump_json(),
         *state.carried.known,
         config.synthetic_images,

@@ -96,7 +96,7 @@ def open_world(config: Config) -> World:
 def _check_scope(config: Config, graph: FilterGraph) -> None:
     """With scope rows, freed filters reach the logits through the classifier alone."""
     read = {slot.tensor for layer in graph.layers for slot in layer.slots}
-    if config.scope == "rows" and f"{graph.head}.weight" not in read:
+    if "rows" in config.scopes and f"{graph.head}.weight" not in read:
         raise NetError(
             f"scope 'rows' trains the freed filters' columns of the classifier '{graph.head}', "
             "but it reads no filter directly: use scope 'group' or 'all'"

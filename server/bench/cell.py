@@ -31,6 +31,7 @@ from server.bench.here import HereGrid
 from server.bench.methods import method_of
 from server.bench.priors import freed_prior, trained_prior
 from server.bench.protocols import settings_of
+from server.distill import distiller_of
 from server.fleet import Fleet
 from server.plan import Plan, RunState, StepOutcome, current_model
 from server.prior import fit_prior
@@ -157,6 +158,7 @@ class Played:
     outcomes: list[StepOutcome] = field(default_factory=list)
     cpu_seconds: float = 0.0
     memory: int = 0
+    distill_seconds: float = 0.0
     added: Memory | None = None
     unslimmed: Marks | None = None
     """Marks of the last step's grown model, before its filters were freed."""
@@ -198,6 +200,7 @@ def run_afresh(cell: Cell, out: Path) -> Record:
         "bytes_down": sum(r["bytes_down"] for r in played.rounds),
         "device_cpu_seconds": played.cpu_seconds,
         "synthesis_seconds": sum(r.get("synthesis_seconds", 0.0) for r in played.rounds),
+        "distill_seconds": played.distill_seconds,
         "memory": played.memory,
         "unslimmed": None if played.unslimmed is None else played.unslimmed.parts,
         **_size(world.plan, played),
@@ -264,7 +267,7 @@ def play(
         tempfile.TemporaryDirectory(prefix="fallow-") as cache,
         HereGrid(config.flat(), config.devices, cache) as grid,
     ):
-        watcher = NullProgress()
+        watcher, distiller = NullProgress(), distiller_of(world)
         first = first_state(plan, prior, free, world.scenario.prior, world.accelerator)
         done = play_rounds(
             grid,
@@ -273,11 +276,13 @@ def play(
             Fleet(grid),
             watcher,
             after_round,
+            distiller,
             maker=ImageMaker(world.accelerator, images),
         )
         played.cpu_seconds = grid.cpu_seconds
         played.memory = grid.memory.peak
-    played.model, played.free, played.added = done.prior, done.free, done.memory
+        played.distill_seconds = 0.0 if distiller is None else distiller.seconds
+    played.model, played.free, played.added = done.prior, done.off, done.memory
     # A run that stops early leaves its last model to the steps that it did not play.
     missing = config.steps - len(played.rows)
     played.rows += [_marks(exam, plan, done).parts for _ in range(missing)]
@@ -300,7 +305,7 @@ def _train_centrally(world: World) -> State:
 
 
 def _marks(exam: Exam, plan: Plan, state: RunState) -> Marks:
-    return exam.mark(plan, state.prior, state.free, state.memory)
+    return exam.mark(plan, state.prior, state.off, state.memory)
 
 
 def _size(plan: Plan, played: Played) -> Record:

@@ -93,6 +93,10 @@ LATER: dict[str, Any] = {
     "importance": "mas",
     "replay": OTHER,
     "replay_weight": 0.5,
+    "spare": {"conv1": [1]},
+    "full_rate": "group",
+    "kept_lr": 0.1,
+    "peer_weight": 1.0,
 }
 """Fields that need not be there."""
 REPORT: dict[str, Any] = {
