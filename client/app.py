@@ -104,7 +104,9 @@ def _arrays(message: Message) -> Arrays:
 
 
 def _reply(message: Message, report: Report, update: Any = None) -> Message:
-    content = RecordDict({"report": ConfigRecord({"json": report.model_dump_json()})})
+    without = None if report.peer_right else {"peer_right"}
+    text = report.model_dump_json(exclude=without)
+    content = RecordDict({"report": ConfigRecord({"json": text})})
     if update is not None:
         content["arrays"] = ArrayRecord({"update": Array(update)})
     return Message(content, reply_to=message)

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from client.bases import Bases
+from client.extras import Extras, extras_of
 from client.wire import Arrays, packed_update, received
 from client.workshop import WORKSHOP
 from common.accelerator import Accelerator
+from common.anchor import anchored, importances
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import class_log_shares
 from common.errors import UpdateError
@@ -26,12 +28,21 @@ from common.features import class_sums
 from common.filters import FilterGraph, cut
 from common.gate import stem_conv, stem_moments
 from common.importance import sensitivity, taylor
-from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
+from common.layout import (
+    Layout,
+    consolidation_layout,
+    dense_layout,
+    rates_of,
+    scope_layout,
+    without_scales,
+)
 from common.memory import trunk_of
 from common.nets import build
 from common.order import NEEDS_BASE, NEEDS_VALUES, NetSpec, Order, Report, as_free_set
+from common.peers import Once, Peers, joined, joined_layout, mutual, peer
 from common.proximal import proximal
 from common.regrow import regrow
+from common.replay import replayed
 from common.rotation import Rotations
 from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
@@ -76,6 +87,7 @@ def carry_out(
         With `declined` set if the device lacks base or values or has too few images.
     update : array or None
         grow, consolidate: packed values after training, or what `client.wire` makes of them.
+        anchor: importances of all weights.
         weigh: packed importances, first the sensitivities of all layers, then their Taylor scores.
 
     Raises
@@ -99,11 +111,20 @@ def carry_out(
     if order.scope == "expert":
         whole = template
         template = once(("trunk", order.net, free.digest), lambda: cut(whole, graph, free))
+    if order.peers > 1:
+        one = template
+        template = once(("peers", order.net, order.peers), lambda: Peers(one, order.peers))
     base = _resolve_base(order, arrays.base, template, graph, bases)
     if base is None:
         return Report(device=data.device, declined=NEEDS_BASE), None
+    extras = extras_of(order, arrays, graph, base, bases)
+    if extras is None:
+        return Report(device=data.device, declined=NEEDS_BASE), None
     phase = (order.net, order.base, order.scope, order.phase, free.digest, order.expert_share)
-    layout, packed_base = once(phase, lambda: _layout_and_base(order, template, graph, base))
+    others = (order.peers, as_free_set(order.spare).digest)
+    layout, packed_base = once(
+        (*phase, *others), lambda: _layout_and_base(order, template, graph, base)
+    )
     if order.layout is not None and layout.digest != order.layout:
         raise UpdateError(
             f"layout {layout.digest[:12]} here, {order.layout[:12]} at the server: scope or "
@@ -124,8 +145,10 @@ def carry_out(
         bases.put(current)
 
     student = WORKSHOP.net("student", template, current, accelerator)
-    teacher = WORKSHOP.net("teacher", template, base, accelerator, order.base)
-    prior_right, right = _right(teacher, held, accelerator), _right(student, held, accelerator)
+    teacher = _first(WORKSHOP.net("teacher", template, base, accelerator, order.base))
+    prior_right = _right(teacher, held, accelerator)
+    rights = [_right(net, held, accelerator) for net in _nets(student)]
+    right = rights[0]
     update, loss = None, 0.0
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
@@ -134,8 +157,14 @@ def carry_out(
     elif order.phase == "weigh":
         update = _scores(student, graph, own, order.batch)
         update = update if order.codec_up == "fp32" else encode_scores(update)
+    elif order.phase == "anchor":
+        rng = torch_rng("anchor", order.run, order.step, data.device)
+        update = importances(student, graph, own, order.importance, rng)
+        update = update if order.codec_up == "fp32" else encode_scores(update)
     elif order.phase != "judge":
-        loss = _train(order, student, teacher, graph, layout, base, own, data.device, accelerator)
+        loss = _train(
+            order, student, teacher, graph, layout, base, own, extras, data.device, accelerator
+        )
         trained = layout.pack(read_state(student))
         update = packed_update(order, start, trained, layout, data.device, bases)
     return (
@@ -153,6 +182,7 @@ def carry_out(
             class_counts=torch.bincount(own.y, minlength=order.net.classes).tolist(),
             heldout=len(held),
             right=int(right.sum()),
+            peer_right=[int(each.sum()) for each in rights] if len(rights) > 1 else [],
             prior_right=int(prior_right.sum()),
             both_right=int((right & prior_right).sum()),
             loss=loss,
@@ -197,7 +227,9 @@ def _resolve_base(
             return None
         free = as_free_set(order.regrown.free)
         rules = order.regrown.rules()
-        made = regrow(source, graph, free, seed=order.regrown.seed, diversity=rules)
+        seeds = (order.regrown.seed, *order.regrown.others)
+        drawn = [regrow(source, graph, free, seed=seed, diversity=rules) for seed in seeds]
+        made = drawn[0] if len(drawn) == 1 else joined(drawn)
     else:
         return None
     if state_digest(made) != order.base:
@@ -216,11 +248,25 @@ def _layout_and_base(
     """Return what the phase's values are, and those of the base."""
     if order.scope == "expert":
         layout = expert_layout(template, graph.head, order.expert_share)
-    elif order.phase in ("look", "grow", "weigh"):
-        layout = scope_layout(order.scope, graph, order.free_set(), base)
+    elif order.phase in ("look", "grow", "weigh", "anchor"):
+        one = base if order.peers == 1 else peer(base, 0)
+        layout = scope_layout(order.scope, graph, order.free_set(), one)
+        if order.spare:
+            layout = without_scales(layout, graph, as_free_set(order.spare))
+        if order.peers > 1:
+            layout = joined_layout(layout, order.peers)
     else:
         layout = consolidation_layout(graph, order.free_set(), base)
     return layout, layout.pack(base)
+
+
+def _nets(net: nn.Module) -> list[nn.Module]:
+    """Return the peers in `net`, or `net` alone."""
+    return list(net.nets) if isinstance(net, Peers) else [net]
+
+
+def _first(net: nn.Module) -> nn.Module:
+    return _nets(net)[0]
 
 
 def _right(net: nn.Module, data: Labelled, accelerator: Accelerator) -> torch.Tensor:
@@ -237,6 +283,7 @@ def _train(
     layout: Layout,
     base: State,
     data: Labelled,
+    extras: Extras,
     device: str,
     accelerator: Accelerator,
 ) -> float:
@@ -275,10 +322,37 @@ def _train(
     skew = class_log_shares(
         data.y, known, teaching.calibration, mask_absent=teaching.mask_absent
     ).to(accelerator.device)
+    if order.peers > 1:
+        teachers = [Once(teacher) for teacher in teachers]
     objective = multi_step_objective(teachers, teaching.distillation(), skew)
+    if order.peers > 1:
+        objective = mutual(objective, order.peer_weight)
     if order.prox:
         objective = proximal(objective, student, layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
+    if extras.anchor is not None:
+        importance = dense_layout(graph, base).unpack(base, extras.anchor)
+        objective = anchored(
+            objective, student, layout, importance, base, order.anchor_weight, order.lr
+        )
+    if extras.replay is not None:
+        objective = replayed(
+            objective,
+            student,
+            cut(base_net, graph, as_free_set(order.kept)) if order.phase == "grow" else base_net,
+            Normalisation(order.net.mean, order.net.std).to_tensor(extras.replay),
+            torch_rng("replay", *key),
+            weight=order.replay_weight,
+            temperature=teaching.temperature,
+            batch=order.batch,
+            accelerator=accelerator,
+        )
+    rates = None
+    if order.full_rate is not None:
+        inner = scope_layout(order.full_rate, graph, order.free_set(), base)
+        if order.spare:
+            inner = without_scales(inner, graph, as_free_set(order.spare))
+        rates = rates_of(layout, inner, order.kept_lr)
     with contextlib.ExitStack() as stack:
         rotations = None
         if order.rotations:
@@ -296,6 +370,7 @@ def _train(
             torch_rng("train", *key),
             accelerator=accelerator,
             rotations=rotations,
+            rates=rates,
             before_step=before_step,
         )
     return trained.loss

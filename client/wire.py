@@ -27,12 +27,18 @@ class Arrays:
         The values that the round begins with, as they are.
     delta, whole : uint8 array, optional
         How far these are from the base, encoded: against the round before, or by itself.
+    anchor : float32 or uint8 array, optional
+        Importances of weights, as they are or encoded.
+    replay : uint8 array, optional
+        Synthetic images.
     """
 
     base: np.ndarray | None = None
     values: np.ndarray | None = None
     delta: np.ndarray | None = None
     whole: np.ndarray | None = None
+    anchor: np.ndarray | None = None
+    replay: np.ndarray | None = None
 
 
 def received(

@@ -23,6 +23,7 @@ from pydantic import (
 
 from common.codec import Codec
 from common.errors import ConfigError
+from common.schedule import Scope, schedule_of, scope_at
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,6 +86,11 @@ class Config(BaseModel):
     alpha: Positive = Field(0.5, description="Dirichlet concentration; small = skewed")
     classes_per_device: Count = Field(2, description="partition 'classes': classes a device")
     column: str = Field("", description="partition 'natural': the column that names the device")
+    validate_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0,
+        description="share of every world's training images that is tested on instead of its test "
+        "images, which are then not looked at: for tuning",
+    )
     heldout: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.15, description="share of the training images that only decides, fixed by content"
     )
@@ -111,6 +117,15 @@ class Config(BaseModel):
     )
     share: Annotated[float, Field(gt=0, le=0.9)] = Field(
         0.3, description="share of every layer's filters to free"
+    )
+    free_from: Literal["all", "last"] = Field(
+        "all",
+        description="after a step: any filters, or some of those that the step has trained",
+    )
+    reserve: bool = Field(
+        False,
+        description="what was freed in the prior is handed out over the steps, a part each "
+        "(freeing 'prior')",
     )
     cap: Annotated[float, Field(gt=0, le=0.9)] = Field(
         0.5, description="most that a layer may lose"
@@ -144,9 +159,19 @@ class Config(BaseModel):
     average: Count = Field(
         3, description="last rounds of growing whose mean is the grown model; 1 = the last alone"
     )
-    scope: Literal["rows", "group", "all"] = Field(
-        "group", description="what a device may train while growing"
+    scope: Scope = Field("group", description="what a device may train while growing")
+    scope_schedule: str = Field(
+        "", description="scopes in turn within a step, as group:6,all:6; empty = scope throughout"
     )
+    kept_lr: Share = Field(
+        0.0,
+        description="factor on the learning rate of what the scope leaves alone; 0 = it stays",
+    )
+    peers: Annotated[int, Field(ge=1, le=4)] = Field(
+        1,
+        description="nets a device trains that teach one another, each with its own freed filters",
+    )
+    peer_weight: NotNegative = Field(1.0, description="of what peers learn from one another")
     batch: Annotated[int, Field(ge=2)] = Field(16, description="images a device's training step")
     lr: Positive = Field(0.03, description="learning rate of growing (cosine over the rounds)")
     momentum: Share = Field(0.9, description="of SGD")
@@ -171,6 +196,18 @@ class Config(BaseModel):
         False, description="leave classes that a device lacks out of its cross-entropy"
     )
     prox: NotNegative = Field(0.0, description="mu of FedProx: pull to the round's first model")
+    ewc_weight: NotNegative = Field(
+        0.0, description="pull of each weight to the prior, by what it matters to earlier data"
+    )
+    ewc_importance: Literal["fisher", "mas"] = Field(
+        "fisher", description="how that is measured: Fisher information, or sensitivity (MAS)"
+    )
+    replay: Literal["none", "synthetic"] = Field(
+        "none", description="images beside a device's own: none, or made of the prior by the server"
+    )
+    replay_weight: NotNegative = Field(
+        1.0, description="weight, on these, of the distillation from the earlier model"
+    )
     perturb_keep: Share = Field(
         1.0, description="what all weights are multiplied by at the begin of a step"
     )
@@ -249,6 +286,15 @@ class Config(BaseModel):
     # the server's own data
     proxy: str = Field("", description="unlabelled images at the server; empty = none")
     proxy_size: Count = Field(1000, description="most images used of the proxy")
+    distill_source: Literal["none", "proxy", "synthetic"] = Field(
+        "proxy",
+        description="what the server distils each round's mean on: nothing, the proxy's images if "
+        "there are any, or images that it makes of the prior",
+    )
+    synthetic_images: Annotated[int, Field(ge=2)] = Field(
+        500, description="images that the server makes of the prior, where they are used"
+    )
+    synthetic_steps: Count = Field(100, description="steps of the optimisation that makes them")
     distill_epochs: Count = Field(1, description="epochs of the server's distillation a round")
     distill_lr: Positive = Field(0.005, description="its learning rate")
     calibration: str = Field("", description="images that calibrate int8; empty = the proxy's")
@@ -259,11 +305,28 @@ class Config(BaseModel):
             raise ValueError(f"share {self.share} is above cap {self.cap}: raise cap")
         if self.partition == "natural" and not self.column:
             raise ValueError("partition is 'natural' but column is empty: name the column")
-        if self.freeing in ("steps", "never") and self.scope == "rows":
+        if self.scope_schedule:
+            try:
+                schedule_of(self.scope_schedule)
+            except ValueError as error:
+                raise ValueError(f"scope-schedule: {error}") from None
+        if self.freeing in ("steps", "never") and "rows" in self.scopes:
             raise ValueError(
                 f"freeing is '{self.freeing}' but scope is 'rows', which trains freed filters: "
                 "use scope 'group' or 'all'"
             )
+        if self.reserve and self.freeing != "prior":
+            raise ValueError(
+                f"reserve is true but freeing is '{self.freeing}': set freeing to 'prior', where "
+                "the reserve comes from"
+            )
+        if self.kept_lr and "all" in self.scopes:
+            raise ValueError(
+                f"kept-lr is {self.kept_lr} but scope 'all' leaves nothing alone: use scope "
+                "'group' or 'rows'"
+            )
+        if self.peers > 1:
+            self._check_peers()
         if self.min_devices > self.devices:
             raise ValueError(
                 f"min-devices {self.min_devices} is above devices {self.devices}: lower it"
@@ -273,6 +336,46 @@ class Config(BaseModel):
         ):
             raise ValueError("all regrow shares are zero: make one positive")
         return self
+
+    def _check_peers(self) -> None:
+        """Peers are single nets for everything but growing."""
+        apart = {
+            "freeing 'always' with regrow": self.freeing == "always" and self.regrow,
+            "device-rotations 0": not self.device_rotations,
+            "ewc-weight 0": not self.ewc_weight,
+            "kept-lr 0": not self.kept_lr,
+            "replay 'none'": self.replay == "none",
+            "no scope-schedule": not self.scope_schedule,
+            "no distillation at the server": not self.distils,
+            "kd-teacher 'prior' or 'none'": self.kd_teacher != "round",
+        }
+        for needed, there in apart.items():
+            if not there:
+                raise ValueError(f"peers is {self.peers}, which needs {needed}: set one of the two")
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """Scopes of a step's growing, in turn."""
+        if not self.scope_schedule:
+            return (self.scope,)
+        return tuple(scope for scope, _ in schedule_of(self.scope_schedule))
+
+    def scope_in(self, number: int) -> Scope:
+        """Return the scope of round `number` (from 0) of growing; past the end, the last one."""
+        if not self.scope_schedule:
+            return self.scope
+        return scope_at(schedule_of(self.scope_schedule), number, self.rounds)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the server distils each round's mean."""
+        has_images = {"none": False, "proxy": bool(self.proxy), "synthetic": True}
+        return has_images[self.distill_source]
+
+    @property
+    def synthesises(self) -> bool:
+        """Whether the server makes images of the prior."""
+        return "synthetic" in (self.replay, self.distill_source)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
@@ -311,10 +414,34 @@ class Config(BaseModel):
         """SHA-256 (hex) of the settings that decide what comes out.
 
         Where and how fast it is computed does not count: a run may be resumed with other
-        workers, time limits or tries.
+        workers, time limits or tries. Nor does a setting that came later and has its default:
+        what was run before it was there stays the same run.
         """
-        dumped = self.model_dump(exclude=NOT_THE_RESULT)
+        defaults = {name for name in _LATER if getattr(self, name) == _default(name)}
+        dumped = self.model_dump(exclude=NOT_THE_RESULT | defaults)
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
+
+
+_LATER = (
+    "validate_share",
+    "free_from",
+    "reserve",
+    "scope_schedule",
+    "kept_lr",
+    "peers",
+    "peer_weight",
+    "distill_source",
+    "ewc_weight",
+    "ewc_importance",
+    "replay",
+    "replay_weight",
+    "synthetic_images",
+    "synthetic_steps",
+)
+
+
+def _default(name: str) -> Any:
+    return Config.model_fields[name].default
 
 
 NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}

@@ -221,6 +221,38 @@ class FreeSet:
         return free
 
 
+def union(*sets: FreeSet) -> FreeSet:
+    """Return the filter groups that any of the sets has."""
+    channels: dict[str, tuple[int, ...]] = {}
+    for free in sets:
+        for name, some in free.channels.items():
+            channels[name] = (*channels.get(name, ()), *some)
+    return FreeSet(channels)
+
+
+def common_part(one: FreeSet, other: FreeSet) -> FreeSet:
+    """Return the filter groups that both sets have."""
+    return FreeSet(
+        {
+            name: tuple(set(some) & set(other.channels.get(name, ())))
+            for name, some in one.channels.items()
+        }
+    )
+
+
+def portion(free: FreeSet, parts: int) -> tuple[FreeSet, FreeSet]:
+    """Return one of so many equal parts of every layer's groups, and the rest.
+
+    The part is every `parts`-th channel, so that it says nothing about where the channels stand.
+    """
+    part = {name: some[::parts] for name, some in free.channels.items()}
+    rest = {
+        name: tuple(channel for i, channel in enumerate(some) if i % parts)
+        for name, some in free.channels.items()
+    }
+    return FreeSet(part), FreeSet(rest)
+
+
 @dataclass(frozen=True)
 class Freed:
     """Where a free set is in a net's tensors: ascending positions by tensor name.

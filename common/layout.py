@@ -11,16 +11,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 
 from common.errors import UpdateError
 from common.filters import BN_KINDS, FilterGraph, FreeSet, freed_index
+from common.schedule import Scope
 from common.state import State
-
-Scope = Literal["rows", "group", "all"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,14 +184,37 @@ def consolidation_layout(
 
     Those follow the schedule that drives them to zero, and nobody may train or send them.
     """
-    freed = freed_index(graph, free)
+    dense = dense_layout(graph, state)
+    return Layout("consolidate", without_scales(dense, graph, free).entries)
+
+
+def without_scales(layout: Layout, graph: FilterGraph, free: FreeSet) -> Layout:
+    """Return `layout` without the scales and shifts of `free`: what is off stays off."""
+    own = freed_index(graph, free).own
     entries = []
-    for entry in dense_layout(graph, state).entries:
+    for entry in layout.entries:
         index = entry.index
-        if entry.kind in ("scale", "shift") and entry.tensor in freed.own:
-            index = np.setdiff1d(np.arange(entry.size), freed.own[entry.tensor])
+        if entry.kind in ("scale", "shift") and entry.tensor in own:
+            whole = np.arange(entry.size) if index is None else index
+            index = np.setdiff1d(whole, own[entry.tensor])
         entries.append(Entry(entry.tensor, entry.shape, entry.kind, index))
-    return Layout("consolidate", tuple(entries))
+    return Layout(layout.scope, tuple(entries))
+
+
+def rates_of(layout: Layout, inner: Layout, factor: float) -> dict[str, torch.Tensor]:
+    """Return a factor for each entry of `layout`, by tensor: 1 where `inner` has it too.
+
+    `inner` names nothing that `layout` does not.
+    """
+    within = {entry.tensor: entry for entry in inner.entries}
+    rates = {}
+    for entry in layout.entries:
+        whole = torch.full(entry.shape, factor)
+        if entry.tensor in within:
+            same = within[entry.tensor]
+            same.write(whole, torch.ones(same.size))
+        rates[entry.tensor] = entry.read(whole).clone()
+    return rates
 
 
 _BN = ("scale", "shift", "mean", "var")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn, no_grad, zeros_like
+from collections.abc import Mapping
+
+from torch import Tensor, nn, no_grad, zeros_like
 
 from common.layout import Layout
 
@@ -21,10 +23,19 @@ class PackedSGD:
         Trainable entries; buffers among them (BN statistics) are left to the forward pass.
     lr, momentum, weight_decay : float
         As in torch.optim.SGD. Scales, shifts and biases are not decayed.
+    rates : mapping of str to tensor, optional
+        Factor on the learning rate of each entry, by tensor (see `common.layout.rates_of`).
     """
 
     def __init__(
-        self, net: nn.Module, layout: Layout, *, lr: float, momentum: float, weight_decay: float
+        self,
+        net: nn.Module,
+        layout: Layout,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        rates: Mapping[str, Tensor] | None = None,
     ) -> None:
         parameters = dict(net.named_parameters())
         self.lr = lr
@@ -39,12 +50,13 @@ class PackedSGD:
             if positions is not None:
                 positions = positions.to(parameter.device)
             velocity = zeros_like(entry.read(parameter.detach()))
-            self._items.append((parameter, positions, decay, velocity))
+            rate = None if rates is None else rates[entry.tensor].to(parameter.device)
+            self._items.append((parameter, positions, decay, velocity, rate))
 
     @no_grad()
     def step(self) -> None:
         """Apply one update from the gradients, and clear them."""
-        for parameter, positions, decay, velocity in self._items:
+        for parameter, positions, decay, velocity, rate in self._items:
             if parameter.grad is None:
                 continue
             values, gradient = parameter.view(-1), parameter.grad.reshape(-1)
@@ -54,8 +66,9 @@ class PackedSGD:
             velocity.mul_(self._momentum).add_(gradient)
             if decay:
                 velocity.add_(current, alpha=decay)
+            way = velocity if rate is None else velocity * rate
             if positions is None:
-                values.sub_(velocity, alpha=self.lr)
+                values.sub_(way, alpha=self.lr)
             else:
-                values[positions] = current.sub_(velocity, alpha=self.lr)
+                values[positions] = current.sub_(way, alpha=self.lr)
             parameter.grad = None

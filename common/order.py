@@ -20,7 +20,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Phase = Literal["look", "weigh", "grow", "tally", "consolidate", "judge"]
+Phase = Literal["look", "weigh", "grow", "tally", "consolidate", "judge", "anchor"]
 
 
 class _Frozen(BaseModel):
@@ -45,6 +45,8 @@ class Regrown(_Frozen):
     free: Channels
     seed: int
     diversity: tuple[float, float, float, float]
+    others: list[int] = Field(default_factory=list)
+    """Seeds of further peers: the base is then all of them (see `common.peers`)."""
 
     def rules(self) -> Diversity:
         """Return the shares of the re-initialisation rules."""
@@ -79,7 +81,8 @@ class Order(_Frozen):
         ``look`` answers with statistics of the images (`common.gate`, `common.features`);
         ``grow`` and ``consolidate`` train; ``weigh`` measures the model and every filter's
         importance; ``tally`` answers with class statistics of the grown expert's features;
-        ``judge`` measures the model.
+        ``judge`` measures the model; ``anchor`` answers with what each weight of the model matters
+        to the images (`common.anchor`).
     base : str
         Digest of the model that the packed values refer to.
     regrown : Regrown or None
@@ -119,6 +122,22 @@ class Order(_Frozen):
         None where that was the base.
     feedback : str or None
         Names the phase to whose updates the device adds what coding took from those before.
+    anchor, replay : str or None
+        Digests of the importances by which weights are pulled to the base (`common.anchor`), and
+        of synthetic images to learn from beside the device's own (`common.replay`).
+    anchor_weight, replay_weight : float
+        Of the two.
+    spare : dict
+        Filters that are off and stay so.
+    full_rate, kept_lr : str or None, float
+        The scope that trains at the full learning rate, and the factor on that of all else; None
+        where all that is trained does.
+    peer_weight : float
+        Of what peers learn from one another.
+    importance : str
+        anchor: which importances (see `common.anchor.importances`).
+
+    Fields that have a default are left out of the text that travels while they have it.
     """
 
     run: int
@@ -158,6 +177,20 @@ class Order(_Frozen):
     moved: Digest | None
     since: Digest | None
     feedback: Digest | None
+    anchor: Digest | None = None
+    anchor_weight: float = Field(0.0, ge=0)
+    importance: Literal["fisher", "mas"] = "fisher"
+    replay: Digest | None = None
+    replay_weight: float = Field(0.0, ge=0)
+    spare: Channels = Field(default_factory=dict)
+    full_rate: Literal["rows", "group"] | None = None
+    kept_lr: float = Field(0.0, ge=0, le=1)
+    peer_weight: float = Field(0.0, ge=0)
+
+    @property
+    def peers(self) -> int:
+        """How many nets the base is."""
+        return 1 + (0 if self.regrown is None else len(self.regrown.others))
 
     def free_set(self) -> FreeSet:
         """Return `free` as a free set."""
@@ -180,6 +213,8 @@ class Report(_Frozen):
         The training images by class; they sum to `images`.
     right, prior_right, both_right : int
         Held-out images that the received model, the base, and both of them get right.
+    peer_right : list of int
+        `right` of every peer, of which the first is the received model; empty without peers.
     """
 
     device: str
@@ -198,6 +233,7 @@ class Report(_Frozen):
     right: int = Field(0, ge=0)
     prior_right: int = Field(0, ge=0)
     both_right: int = Field(0, ge=0)
+    peer_right: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     loss: float = 0.0
     seconds: float = Field(0.0, ge=0)
 

@@ -37,7 +37,9 @@ class Scenario:
     def __init__(self, config: Config) -> None:
         self._config = config
         size, channels = config.image_size or None, config.channels or None
-        self._data = Worlds(config.data, size=size, channels=channels)
+        self._data = Worlds(
+            config.data, size=size, channels=channels, validate=config.validate_share
+        )
         self._source = self._data.source
         self.classes: tuple[str, ...] = self._source.classes
         self.shape: tuple[int, int, int] = self._source.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +82,7 @@ def train(
     *,
     accelerator: Accelerator = CPU,
     rotations: Rotations | None = None,
+    rates: Mapping[str, torch.Tensor] | None = None,
     before_step: Callable[[float], None] | None = None,
     after_epoch: Callable[[int, float], None] | None = None,
 ) -> Trained:
@@ -103,6 +104,8 @@ def train(
         Of the order of the images, of their augmentation and, by its seed, of dropout.
     rotations : Rotations, optional
         A second task of `net`, learnt on turned images beside the others: twice the work.
+    rates : mapping of str to tensor, optional
+        Factors on the learning rate (see `common.layout.rates_of`).
     before_step : callable, optional
         Called with the share of steps done, in [0, 1), before each step; and with 1.0 at the
         end.
@@ -131,6 +134,7 @@ def train(
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
+            rates=rates,
         )
         for epoch in range(recipe.epochs):
             loss_sum = 0.0

@@ -28,7 +28,8 @@ class Admission:
         self._rows = rows_of(self._layout)
         self._start = self._layout.pack(state.base) if state.values is None else state.values
         self._scored = 2 * plan.graph.count
-        self._statistics = statistics_size(plan, state) if order.phase in ("look", "tally") else 0
+        gathered = order.phase in ("look", "tally", "anchor")
+        self._statistics = statistics_size(plan, state) if gathered else 0
 
     def admit(self, reply: Reply, device: str) -> None:
         """Refuse an answer to another order, and one whose update is not sound.
@@ -59,10 +60,14 @@ class Admission:
             raise UpdateError("no update in the reply")
         if order.phase in ("look", "tally"):
             return check_values(update, self._statistics, "the statistics")
-        if order.phase == "weigh":
-            if order.codec_up == "fp32":
-                return check_values(update, self._scored, "the update")
-            return decode_scores(update, self._scored)
+        if order.phase in ("weigh", "anchor"):
+            size = self._scored if order.phase == "weigh" else self._statistics
+            coded = order.codec_up != "fp32"
+            scores = decode_scores(update, size) if coded else update
+            check_values(scores, size, "the update")
+            if order.phase == "anchor" and float(scores.min(initial=0.0)) < 0:
+                raise UpdateError(f"the update has an importance of {scores.min()}")
+            return scores
         values = decode_update(update, order.codec_up, self._start, self._layout, self._rows)
         least = float(values[self._layout.statistics[1]].min(initial=0.0))
         if least < 0:
@@ -89,6 +94,14 @@ def _check_report(report: Report, order: Order, device: str) -> None:
         raise UpdateError(
             f"right {report.right}, prior_right {report.prior_right} and both_right "
             f"{report.both_right} do not fit {report.heldout} held-out images"
+        )
+    peers = order.peers if order.phase == "grow" else 1
+    if len(report.peer_right) != (peers if peers > 1 else 0) or any(
+        right > report.heldout for right in report.peer_right
+    ):
+        raise UpdateError(
+            f"peer_right {str(report.peer_right)[:80]} does not fit {peers} peer(s) and "
+            f"{report.heldout} held-out images"
         )
     if not (1 <= report.images <= 2**53 and math.isfinite(report.loss)):
         raise UpdateError(f"images {report.images} with loss {report.loss} are no counts to use")

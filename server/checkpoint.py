@@ -24,7 +24,7 @@ from common.sparsify import Attempt
 from common.state import State
 from common.store import BundleStore, read_json, write_json
 from common.update import Moved
-from server.plan import RunState, StepOutcome
+from server.plan import Carried, RunState, StepOutcome
 from server.shared import Shared
 
 _FORMAT = 2
@@ -148,7 +148,7 @@ class CheckpointFolder:
 
     def _encode(self, state: RunState) -> dict[str, Any]:
         packed = {
-            name: None if array is None else self._tensors.put({name: torch.from_numpy(array)})
+            name: self._put(array, name)
             for name, array in (("values", state.values), ("tail", state.tail))
         }
         scores = state.scores
@@ -168,6 +168,13 @@ class CheckpointFolder:
             "way": state.way,
             "world": state.world,
             "seen": None if state.seen is None else self._tensors.put(moments_as_state(state.seen)),
+            "known": list(state.carried.known),
+            "spare": as_channels(state.carried.spare),
+            "learnt": state.carried.learnt,
+            "peers": state.peers,
+            "best": state.best,
+            "anchor": self._put(state.carried.anchor, "anchor"),
+            "synthetic": self._put(state.synthetic, "synthetic"),
             "source": state.source,
             "free": as_channels(state.free),
             "next_free": as_channels(state.next_free),
@@ -200,6 +207,15 @@ class CheckpointFolder:
             way=value["way"],
             world=value["world"],
             seen=self._seen(value["seen"]),
+            carried=Carried(
+                tuple(value.get("known", ())),
+                self._array(value, "anchor"),
+                as_free_set(value.get("spare", {})),
+                value.get("learnt", False),
+            ),
+            peers=value.get("peers", 1),
+            best=value.get("best", 0),
+            synthetic=self._array(value, "synthetic"),
             source=value["source"],
             free=as_free_set(value["free"]),
             next_free=as_free_set(value["next_free"]),
@@ -214,8 +230,12 @@ class CheckpointFolder:
             stopped=value["stopped"],
         )
 
+    def _put(self, array: np.ndarray | None, name: str) -> str | None:
+        return None if array is None else self._tensors.put({name: torch.from_numpy(array)})
+
     def _array(self, state: dict[str, Any], name: str) -> np.ndarray | None:
-        return None if state[name] is None else self._tensor(state[name])[name].numpy()
+        digest = state.get(name)
+        return None if digest is None else self._tensor(digest)[name].numpy()
 
     def _shared(self, state: dict[str, Any]) -> Shared | None:
         if state["shared"] is None:
@@ -249,8 +269,8 @@ def _digests(path: Path) -> set[str]:
         state = read_json(path)["state"]
     except StoreError:
         return set()
-    names = ("prior", "base", "values", "shared", "tail", "memory", "seen")
-    return {state[name] for name in names if state[name]}
+    names = ("prior", "base", "values", "shared", "tail", "memory", "seen", "anchor", "synthetic")
+    return {state[name] for name in names if state.get(name)}
 
 
 def _bundle(shared: Shared) -> State:

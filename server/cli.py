@@ -142,6 +142,14 @@ def bench(
             "fallow spends (bytes:0.5: half of it)."
         ),
     ] = "rounds",
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate",
+            help="For tuning: test on 20 % of every world's training images instead of its test "
+            "images.",
+        ),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small: seconds a cell.")] = False,
     workers: Annotated[int, typer.Option(help="Cells at a time; 0 = one a core.")] = 0,
     settings: Annotated[
@@ -149,7 +157,7 @@ def bench(
     ] = None,
 ) -> None:
     """Compare methods on a stream of new data, everything else equal."""
-    from server.bench.plan import cells_of, data_of
+    from server.bench.plan import VALIDATE_SHARE, cells_of, data_of
     from server.bench.runner import BenchFolder, BenchInterruptedError, run_bench
     from server.bench.show import rich_tables
 
@@ -164,6 +172,8 @@ def bench(
         "prior_size": prior_size,
         "part_size": part_size,
     }
+    if validate:
+        given["validate_share"] = VALIDATE_SHARE
     asked = {**{k: v for k, v in given.items() if v is not None}, **_assignments(settings or [])}
     seeds = seeds or ("0" if quick else "0,1,2")
     cells = cells_of(protocol, parts, methods, seeds, asked, quick=quick, budget=budget)

@@ -1,4 +1,4 @@
-"""Adaptive online distillation at the server, on the operator's unlabelled images.
+"""Adaptive online distillation at the server, on the operator's unlabelled images or its own.
 
 The round's mean is the student. Its teachers are the prior global model and the ensemble of
 this round's updates (FedDF, Lin et al., NeurIPS 2020; with the previous model among the
@@ -22,15 +22,25 @@ from common.seeds import torch_rng
 from common.state import State, read_state, write_state
 from common.train import Labelled, Recipe, predict, train
 from server.plan import Plan, RunState, layout_of
+from server.world import World
 
 
-class ProxyDistiller:
-    """Distils a round's mean on proxy images.
+def distiller_of(world: World) -> ServerDistiller | None:
+    """Return the distiller that the settings ask for, or None."""
+    if not world.config.distils:
+        return None
+    proxy = world.proxy if world.config.distill_source == "proxy" else None
+    return ServerDistiller(proxy, world.accelerator)
+
+
+class ServerDistiller:
+    """Distils a round's mean.
 
     Parameters
     ----------
-    images : ImageSet
-        Their labels are not used.
+    images : ImageSet or None
+        Proxy images, whose labels are not used; without them it is done on those that the server
+        made of the prior (`server.synthetic`).
     accelerator : Accelerator
         Where to train.
 
@@ -40,7 +50,7 @@ class ProxyDistiller:
         Spent so far.
     """
 
-    def __init__(self, images: ImageSet, accelerator: Accelerator) -> None:
+    def __init__(self, images: ImageSet | None, accelerator: Accelerator) -> None:
         self._images = images
         self._accelerator = accelerator
         self.seconds = 0.0
@@ -62,7 +72,9 @@ class ProxyDistiller:
         began = time.monotonic()
         config, layout = plan.config, layout_of(plan, state)
         spec = plan.spec
-        x = Normalisation(spec.mean, spec.std).to_tensor(self._images.images)
+        pixels = state.synthetic if self._images is None else self._images.images
+        assert pixels is not None  # made before the first round of growing
+        x = Normalisation(spec.mean, spec.std).to_tensor(pixels)
         prior = cut(self._net(plan, state.base), plan.graph, state.free)
         prior_logits = predict(prior, x, accelerator=self._accelerator)
         ensemble = torch.zeros_like(prior_logits)

@@ -13,6 +13,9 @@ from common.errors import RoundError, UpdateError
 from common.seeds import numpy_rng
 from server.wire import hello_message, read_reply
 
+EXTRA = "extra "
+"""In the ledger, before the digest of what a device holds beside models."""
+
 
 class Fleet:
     """The nodes of a Flower grid by the names that their devices give.
@@ -83,7 +86,9 @@ class Fleet:
     def note(self, device: str, *digests: str | None) -> None:
         """Remember that `device` holds these models; older ones are forgotten here."""
         known = [d for d in self.held.get(device, []) if d not in digests]
-        self.held[device] = [*known, *(d for d in digests if d is not None)][-4:]
+        known += [d for d in digests if d is not None]
+        extras = [d for d in known if d.startswith(EXTRA)]
+        self.held[device] = [*extras[-2:], *[d for d in known if d not in extras][-4:]]
 
     def forget(self, device: str, digest: str) -> None:
         """Note that `device` does not hold the model `digest` after all."""

@@ -18,26 +18,37 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
+from common.anchor import without
 from common.config import Config
 from common.experts import changed_by, expert_layout
 from common.features import ClassSums, Discriminant, feature_size
 from common.features import packed_size as sums_size
-from common.filters import FilterGraph, FreeSet, cut
+from common.filters import FilterGraph, FreeSet, common_part, cut, portion, union
 from common.gate import Moments, likened, separation, separation_by_channel
 from common.gate import packed_size as moments_size
 from common.importance import bn_scale, choose, combine_ranks, random_scores
-from common.layout import Layout, consolidation_layout, scope_layout
+from common.layout import (
+    Layout,
+    consolidation_layout,
+    dense_layout,
+    scope_layout,
+    without_scales,
+)
 from common.memory import Memory, trunk_of
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
+from common.peers import joined, joined_layout, peer
 from common.regrow import Diversity, regrow
+from common.schedule import Scope
 from common.seeds import digest_of, numpy_rng, seed_of
 from common.sparsify import Attempt, off_state, scale_factor, smaller
 from common.state import State, read_state, state_digest, write_state
+from common.update import decode_scores, encode_scores
 from server.prior import make_net
 from server.shared import Shared
 
@@ -79,6 +90,28 @@ class StepOutcome:
 
 
 @dataclass(frozen=True, eq=False)
+class Carried:
+    """What a run takes from step to step beside the model, where a setting asks for it.
+
+    Attributes
+    ----------
+    known : tuple of int
+        Classes that the model has been trained on.
+    anchor : float32 array or None
+        What each weight matters to all data so far, in the dense layout (see `common.anchor`).
+    spare : FreeSet
+        A reserve: filters that were freed in the prior and are off until a later step's turn.
+    learnt : bool
+        Whether the free set is part of the prior model: nobody frees it again.
+    """
+
+    known: tuple[int, ...] = ()
+    anchor: np.ndarray | None = None
+    spare: FreeSet = field(default_factory=lambda: FreeSet({}))
+    learnt: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class RunState:
     """Where a run is.
 
@@ -111,6 +144,14 @@ class RunState:
         Whose expert this step trains; one more than there were, if it is a new one.
     seen : Moments or None
         Of this step's images, until they belong to `memory`.
+    carried : Carried
+        What earlier steps left.
+    synthetic : uint8 array [N, H, W, C] or None
+        Images that the server made of `prior`, until the step ends.
+    peers : int
+        Nets that `base` and `values` hold (see `common.peers`); one, but for growing.
+    best : int
+        Which of the step's peers became the model.
     """
 
     step: int
@@ -140,11 +181,34 @@ class RunState:
     way: Way = "whole"
     world: int = 0
     seen: Moments | None = None
+    carried: Carried = field(default_factory=Carried)
+    synthetic: np.ndarray | None = None
+    peers: int = 1
+    best: int = 0
+
+    @property
+    def off(self) -> FreeSet:
+        """Filters of `prior` that are off."""
+        unused = [self.carried.spare] if self.carried.learnt else [self.free, self.carried.spare]
+        return union(*unused)
 
     @cached_property
     def base_digest(self) -> str:
         """Digest of `base`."""
         return state_digest(self.base)
+
+    @cached_property
+    def extras(self) -> dict[str, tuple[str, np.ndarray]]:
+        """What devices may need beside the base, by the field of the order that names it.
+
+        Each with its digest; they hold it for as long as it stays the same.
+        """
+        found = {"anchor": self.carried.anchor, "replay": self.synthetic}
+        return {
+            name: (state_digest({name: torch.from_numpy(array)}), array)
+            for name, array in found.items()
+            if array is not None
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +225,10 @@ class Outcome:
         weigh: importances per layer, one dict a kind.
     class_counts : tuple of int
         Training images by class, over the devices.
+    peer_right : tuple of int
+        `right` of every peer.
     sums : float64 array or None
-        look: sum of the devices' packed statistics.
+        look: sum of the devices' packed statistics. anchor: mean of their importances.
     """
 
     values: np.ndarray | None
@@ -173,16 +239,31 @@ class Outcome:
     scores: tuple[Scores, ...] = ()
     class_counts: tuple[int, ...] = ()
     sums: np.ndarray | None = None
+    peer_right: tuple[int, ...] = ()
 
 
-def start(plan: Plan, prior: State, free: FreeSet, memory: Memory | None = None) -> RunState:
+def start(
+    plan: Plan,
+    prior: State,
+    free: FreeSet,
+    memory: Memory | None = None,
+    carried: Carried | None = None,
+) -> RunState:
     """Return the state of a new run: at step 1, or at step 0 if the prior has yet to be freed."""
-    config = plan.config
+    config, carried = plan.config, carried or Carried()
     if free.empty and config.freeing in ("always", "prior"):
         return RunState(
-            0, "weigh", prior, prior, free, config.share, config.kd_weight, memory=memory
+            0,
+            "weigh",
+            prior,
+            prior,
+            free,
+            config.share,
+            config.kd_weight,
+            memory=memory,
+            carried=carried,
         )
-    return _begin_step(plan, 1, prior, free, (), memory)
+    return _begin_step(plan, 1, prior, free, (), memory, carried)
 
 
 def _begin_step(
@@ -192,8 +273,12 @@ def _begin_step(
     free: FreeSet,
     finished: tuple[StepOutcome, ...],
     memory: Memory | None,
+    carried: Carried,
 ) -> RunState:
     config = plan.config
+    if config.reserve:  # until the step is known to train filters, all that is left is off
+        left = carried.spare if carried.learnt or free.empty else union(free, carried.spare)
+        free, carried = FreeSet({}), replace(carried, spare=left, learnt=False)
     if memory is not None:
         return RunState(
             step,
@@ -205,18 +290,31 @@ def _begin_step(
             config.kd_weight,
             finished=finished,
             memory=memory,
+            carried=carried,
         )
-    return _begin_growing(plan, step, prior, free, finished)
+    return _begin_growing(plan, step, prior, free, finished, carried)
 
 
 def _begin_growing(
-    plan: Plan, step: int, prior: State, free: FreeSet, finished: tuple[StepOutcome, ...]
+    plan: Plan,
+    step: int,
+    prior: State,
+    free: FreeSet,
+    finished: tuple[StepOutcome, ...],
+    carried: Carried,
 ) -> RunState:
     config = plan.config
-    base, source = prior, None
-    if config.regrow and (config.freeing != "prior" or step == 1):
-        seed = _regrow_seed(plan, step)
-        base = regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+    if config.reserve:
+        free, spare = portion(carried.spare, config.steps - step + 1)
+        carried = replace(carried, spare=spare)
+    base, source, peers = prior, None, 1
+    if config.regrow and not carried.learnt:
+        peers = 1 if free.empty else config.peers
+        drawn = [
+            regrow(prior, plan.graph, free, seed=seed, diversity=plan.diversity)
+            for seed in _regrow_seeds(plan, step)[:peers]
+        ]
+        base = drawn[0] if peers == 1 else joined(drawn)
         source = state_digest(prior)
     if config.perturb_keep < 1 or config.perturb_noise > 0:
         base, source = _perturbed(plan, base, step), None
@@ -230,11 +328,15 @@ def _begin_growing(
         config.kd_weight,
         source=source,
         finished=finished,
+        carried=carried,
+        peers=peers,
     )
 
 
-def _regrow_seed(plan: Plan, step: int) -> int:
-    return seed_of("regrow", plan.config.seed, step)
+def _regrow_seeds(plan: Plan, step: int) -> list[int]:
+    """Return a seed for every peer; the first is that of a net without peers."""
+    seed, peers = plan.config.seed, plan.config.peers
+    return [seed_of("regrow", seed, step, *([k] if k else [])) for k in range(peers)]
 
 
 def _perturbed(plan: Plan, state: State, step: int) -> State:
@@ -253,10 +355,30 @@ def _perturbed(plan: Plan, state: State, step: int) -> State:
 def layout_of(plan: Plan, state: RunState) -> Layout:
     """Return the layout of the packed values in the present phase."""
     if state.way == "expert" and state.phase in ("grow", "tally"):
-        return _expert_layout(plan, state.free)
-    if state.phase in ("look", "grow", "weigh"):
-        return scope_layout(plan.config.scope, plan.graph, state.free, state.base)
+        return _expert_layout(plan, state.off)
+    if state.phase in ("look", "grow", "weigh", "anchor"):
+        layout = scope_layout(_packed_scope(plan, state), plan.graph, _named(state), state.prior)
+        if not state.carried.spare.empty:
+            layout = without_scales(layout, plan.graph, state.carried.spare)
+        return layout if state.peers == 1 else joined_layout(layout, state.peers)
     return consolidation_layout(plan.graph, state.next_free, state.base)
+
+
+def _named(state: RunState) -> FreeSet:
+    """Return the filters that an order names: those to be left out, or to be trained."""
+    without = state.phase == "look" or state.way == "expert"
+    return state.off if without else state.free
+
+
+def scope_of(plan: Plan, state: RunState) -> Scope:
+    """Return what trains at full rate in this round of growing."""
+    first, last = 0, plan.config.rounds
+    number = {"grow": state.round, "look": first}.get(state.phase, last)
+    return plan.config.scope_in(number)
+
+
+def _packed_scope(plan: Plan, state: RunState) -> Scope:
+    return "all" if plan.config.kept_lr else scope_of(plan, state)
 
 
 def anneal_span(plan: Plan, state: RunState) -> tuple[float, float]:
@@ -290,14 +412,17 @@ def order_of(plan: Plan, state: RunState) -> Order:
     looking = state.phase == "look" and state.memory is not None
     regrown = None
     if state.phase in ("grow", "weigh") and state.source is not None:
+        seeds = _regrow_seeds(plan, state.step)
         regrown = Regrown(
             source=state.source,
             free=as_channels(state.free),
-            seed=_regrow_seed(plan, state.step),
+            seed=seeds[state.best],
             diversity=plan.diversity.shares(),
+            others=seeds[1 : state.peers],
         )
     # Where nothing is freed after a step, what its filters have learnt belongs to the next prior.
-    learnt = growing and config.freeing == "prior" and state.step > 1
+    learnt = growing and state.carried.learnt
+    free = state.next_free if consolidating else _named(state)
     begin, end = anneal_span(plan, state)
     keep = None if training else state_digest(current_model(plan, state))
     layout = layout_of(plan, state).digest
@@ -314,9 +439,9 @@ def order_of(plan: Plan, state: RunState) -> Order:
         graph=plan.graph.digest,
         base=state.base_digest,
         regrown=regrown,
-        free=as_channels(state.next_free if consolidating else state.free),
+        free=as_channels(free),
         kept={} if learnt else as_channels(state.free),
-        scope="expert" if expert else config.scope,
+        scope="expert" if expert else _packed_scope(plan, state),
         layout=layout,
         keep=keep,
         epochs=config.epochs if growing else config.consolidate_epochs,
@@ -351,7 +476,32 @@ def order_of(plan: Plan, state: RunState) -> Order:
         moved=None if state.shared is None else state.shared.moved.digest,
         since=None if state.shared is None else state.shared.since,
         feedback=digest_of(*phase) if coded else None,
+        importance=config.ewc_importance,
+        spare=as_channels(state.carried.spare if not expert else FreeSet({})),
+        full_rate=scope_of(plan, state) if growing and config.kept_lr and not expert else None,
+        kept_lr=config.kept_lr if growing and not expert else 0.0,
+        peer_weight=config.peer_weight if state.peers > 1 else 0.0,
+        **_extras(config, state),
     )
+
+
+def _extras(config: Config, state: RunState) -> dict[str, Any]:
+    """Return what the order says of the arrays beside the base."""
+    fields: dict[str, Any] = {}
+    if state.way != "whole":
+        return fields
+    if state.phase == "grow" and "anchor" in state.extras:
+        fields |= {"anchor": state.extras["anchor"][0], "anchor_weight": config.ewc_weight}
+    replays = config.replay == "synthetic" and state.phase in ("grow", "consolidate")
+    if replays and "replay" in state.extras:
+        fields |= {"replay": state.extras["replay"][0], "replay_weight": config.replay_weight}
+    return fields
+
+
+def wants_synthetic(config: Config, state: RunState) -> bool:
+    """Return whether the server has to make images before the next round."""
+    here = state.phase == "grow" and state.way == "whole"
+    return config.synthesises and here and state.synthetic is None
 
 
 def crop_of(config: Config, spec: NetSpec) -> int:
@@ -373,6 +523,7 @@ def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         "weigh": _after_weigh,
         "consolidate": _after_consolidate,
         "judge": _after_judge,
+        "anchor": _after_anchor,
     }
     return steps[state.phase](plan, state, outcome)
 
@@ -392,7 +543,7 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     if done == config.rounds and config.freeing in ("prior", "never"):
         return _after_last_grow(plan, state, outcome)
     more: Phase = "grow" if done < config.rounds else "weigh"
-    return replace(
+    following = replace(
         state,
         phase=more,
         round=done if more == "grow" else 0,
@@ -402,6 +553,30 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         kd_weight=_steer(config, state.kd_weight, outcome),
         lambdas=(*state.lambdas, state.kd_weight),
     )
+    if more == "weigh" and state.peers > 1:
+        return _best_peer(plan, following, outcome)
+    return _repacked(plan, layout_of(plan, state), following)
+
+
+def _best_peer(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """Go on with the peer that was best on held-out images when the last round began."""
+    assert state.values is not None
+    best = int(np.argmax(outcome.peer_right))
+    one = replace(state, base=peer(state.base, best), peers=1, best=best)
+    size = layout_of(plan, one).size
+    return replace(one, values=state.values[best * size : (best + 1) * size])
+
+
+def _repacked(plan: Plan, was: Layout, state: RunState) -> RunState:
+    """Return `state` with values in its own layout, of which `was` is the same or a part."""
+    layout = layout_of(plan, state)
+    if layout.digest == was.digest:
+        return state
+
+    def pack(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else layout.pack(was.unpack(state.base, values))
+
+    return replace(state, values=pack(state.values), tail=pack(state.tail))
 
 
 def _running_mean(tail: np.ndarray | None, values: np.ndarray, number: int) -> np.ndarray | None:
@@ -431,6 +606,8 @@ def _after_last_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         lambdas=(*state.lambdas, state.kd_weight),
     )
     model = current_model(plan, grown)
+    if plan.config.freeing == "prior":
+        grown = replace(grown, carried=replace(grown.carried, learnt=True))
     return _end_step(plan, grown, model, state.free, grown.heldout_grown, None)
 
 
@@ -443,7 +620,7 @@ def _steer(config: Config, weight: float, outcome: Outcome) -> float:
     Used where the server has no images of its own to distil on; it steers by the share of the
     held-out images that the prior gets right and the grown model still does.
     """
-    if config.proxy or not config.adaptive or not outcome.prior_right:
+    if config.distils or not config.adaptive or not outcome.prior_right:
         return weight
     kept = outcome.both_right / outcome.prior_right
     weight *= _STEER_UP if kept < config.retention else _STEER_DOWN
@@ -502,11 +679,18 @@ def _is_worse(outcome: Outcome, allowed: float) -> bool:
 
 def _choose(plan: Plan, state: RunState) -> RunState:
     """Pick the set to free: smaller than one that was refused; if none is left, end the step."""
-    config, scores = plan.config, state.scores
+    config, scores, among = plan.config, state.scores, None
     assert scores is not None
+    if config.free_from == "last" and not state.free.empty:
+        among = state.free
+        scores = {
+            name: score + 2.0 * ~np.isin(np.arange(len(score)), among.channels.get(name, ()))
+            for name, score in scores.items()
+        }  # ranks are at most 1: those of other filters come last
 
     def pick(share: float) -> FreeSet:
-        return choose(plan.graph, scores, share, cap=config.cap)
+        chosen = choose(plan.graph, scores, share, cap=config.cap)
+        return chosen if among is None else common_part(chosen, among)
 
     share, free = state.share, FreeSet({})
     if state.attempt == 0:
@@ -571,8 +755,11 @@ def _end_step(
     )
     finished = (*state.finished, outcome)
     memory = _after_training(state, refused=refusal is not None)
+    seen = {c for c, count in enumerate(state.class_counts) if count and refusal is None}
+    carried = replace(state.carried, known=tuple(sorted({*state.carried.known, *seen})))
     last = state.step >= plan.config.steps
-    if last or (free.empty and plan.config.scope == "rows"):
+    nothing = free.empty and carried.spare.empty
+    if last or (nothing and "rows" in plan.config.scopes):
         stopped = None if last else _nothing_to_grow(plan)
         return replace(
             state,
@@ -583,8 +770,47 @@ def _end_step(
             done=True,
             stopped=stopped,
             memory=memory,
+            carried=carried,
         )
-    return _begin_step(plan, state.step + 1, model, free, finished, memory)
+    if carried.anchor is not None and state.way == "whole" and refusal is None:
+        return RunState(
+            state.step,
+            "anchor",
+            model,
+            model,
+            free,
+            plan.config.share,
+            plan.config.kd_weight,
+            finished=finished,
+            memory=memory,
+            carried=carried,
+        )
+    return _begin_step(plan, state.step + 1, model, free, finished, memory, carried)
+
+
+def _after_anchor(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """Add what the weights matter to this step's data, and begin the next step."""
+    assert outcome.sums is not None
+    assert state.carried.anchor is not None
+    total = (state.carried.anchor + outcome.sums).astype(np.float32)
+    carried = replace(state.carried, anchor=anchor_of(plan, state.prior, state.free, total))
+    return _begin_step(
+        plan,
+        state.step + 1,
+        state.prior,
+        state.free,
+        state.finished,
+        state.memory,
+        carried,
+    )
+
+
+def anchor_of(plan: Plan, state: State, free: FreeSet, packed: np.ndarray) -> np.ndarray:
+    """Return importances as the devices will decode them, zero at free filters."""
+    packed = without(packed, plan.graph, free, state)
+    if plan.config.codec_down == "fp32":
+        return packed
+    return decode_scores(encode_scores(packed), len(packed))
 
 
 def _nothing_to_grow(plan: Plan) -> str:
@@ -629,7 +855,9 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
     world = _world(plan, memory, seen, state.step)
     if world == 0 and memory.plain:
-        growing = _begin_growing(plan, state.step, state.prior, state.free, state.finished)
+        growing = _begin_growing(
+            plan, state.step, state.prior, state.free, state.finished, state.carried
+        )
         return replace(growing, memory=memory, seen=seen)
     base = read_state(_trunk(plan, state))
     if 0 < world <= len(memory.experts):
@@ -716,7 +944,7 @@ def _after_training(state: RunState, *, refused: bool) -> Memory | None:
 
 
 def _trunk(plan: Plan, state: RunState) -> nn.Module:
-    return trunk_of(plan.net, plan.graph, state.prior, state.free)
+    return trunk_of(plan.net, plan.graph, state.prior, state.off)
 
 
 def _expert_layout(plan: Plan, free: FreeSet) -> Layout:
@@ -729,7 +957,9 @@ def _stem_text(memory: Memory) -> str:
 
 
 def statistics_size(plan: Plan, state: RunState) -> int:
-    """Return how many values a device's statistics have in this look."""
+    """Return how many values a device's statistics have in this look, tally or anchor."""
+    if state.phase == "anchor":
+        return dense_layout(plan.graph, state.base).size
     assert state.memory is not None
     if state.phase == "look" and state.round == 0:
         return moments_size(len(state.memory.worlds[0].total))
@@ -764,7 +994,10 @@ def rounds_left(plan: Plan, state: RunState) -> int:
     }
     if config.freeing in ("prior", "never") and state.step > 0:
         of_step = {"look": looks, "grow": config.rounds}
+    if config.ewc_weight:
+        of_step["anchor"] = 1
     phases = list(of_step)
     here = phases.index(state.phase)
     rest = sum(of_step[phase] for phase in phases[here:]) - state.round
-    return rest + (config.steps - state.step) * sum(of_step.values())
+    without_last = 1 if "anchor" in of_step else 0
+    return rest + (config.steps - state.step) * sum(of_step.values()) - without_last

@@ -105,7 +105,7 @@ class Results:
 
     def published(self, step: int, state: RunState, published: Published) -> None:
         """Note the model that a step ended with; step 0 is the prior."""
-        free = state.free
+        free = state.off
         share = free.share(self._world.plan.graph)
         if step == 0:
             self.records["digest"] = published.digest
@@ -212,10 +212,9 @@ class Results:
                 "classes": world.plan.spec.classes,
             },
             "seed": config.seed,
-            "scope": config.scope,
+            "scope": config.scope_schedule or config.scope,
             "engine": self._engine,
-            "server_data": "none" if world.proxy is None else "proxy",
-            "server_data_images": 0 if world.proxy is None else len(world.proxy),
+            **_server_data(world),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in _VERSIONS},
@@ -264,7 +263,7 @@ class Results:
             "seconds_by_phase": dict(seconds),
             "rounds": len(mine),
             "distillation": {
-                "kind": "none" if self._world.proxy is None else "proxy",
+                "kind": self._world.config.distill_source if self._world.config.distils else "none",
                 "seconds": record.get("distill_seconds", 0.0),
                 "lambda": record["lambda"],
             },
@@ -336,3 +335,12 @@ def _freeing(outcome: StepOutcome) -> Record:
         "after_cut": outcome.consolidated,
         "attempts": _attempts(outcome.attempts),
     }
+
+
+def _server_data(world: World) -> Record:
+    """Return which images the server uses, and how many."""
+    proxy = world.proxy if world.config.distill_source == "proxy" else None
+    uses = {"proxy": 0 if proxy is None else len(proxy)}
+    uses["synthetic"] = world.config.synthetic_images if world.config.synthesises else 0
+    kinds = [kind for kind, count in uses.items() if count]
+    return {"server_data": "+".join(kinds) or "none", "server_data_images": sum(uses.values())}

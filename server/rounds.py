@@ -29,9 +29,11 @@ from server.plan import (
     anneal_span,
     layout_of,
     order_of,
+    scope_of,
     score_slices,
 )
 from server.shared import share
+from server.synthetic import ImageMaker
 from server.wire import Reply, order_message, read_reply
 
 
@@ -64,6 +66,9 @@ class Tally:
     declined: Counter[str] = field(default_factory=Counter)
 
 
+_MAKER = ImageMaker()
+
+
 def play_rounds(
     grid: Grid,
     plan: Plan,
@@ -72,6 +77,7 @@ def play_rounds(
     watcher: Watcher,
     after_round: Callable[[RunState, RunState, dict[str, Any]], None],
     distiller: Distiller | None = None,
+    maker: ImageMaker = _MAKER,
 ) -> RunState:
     """Play rounds until the plan is done.
 
@@ -86,6 +92,8 @@ def play_rounds(
         checkpoint, so what it has returned from is never lost.
     distiller : Distiller, optional
         Of the server's own images.
+    maker : ImageMaker
+        Makes the server's synthetic images, if any setting asks for them.
 
     Raises
     ------
@@ -93,7 +101,10 @@ def play_rounds(
         If too few devices answered a round, `repeats` times in a row.
     """
     while not state.done:
+        state, seconds = maker(plan, state)
         outcome, record = _valid_round(grid, plan, state, fleet, watcher, distiller)
+        if seconds:
+            record["synthesis_seconds"] = seconds
         before, state = state, _shared(plan, state, advance(plan, state, outcome))
         after_round(before, state, record)
     return state
@@ -106,7 +117,9 @@ def _shared(plan: Plan, before: RunState, after: RunState) -> RunState:
         return after if after.shared is None else replace(after, shared=None)
     layout = layout_of(plan, after)
     base = layout.pack(after.base)
-    values, shared = share(after.values, base, before.shared, layout, codec)
+    # another scope, or one net where there were peers: nobody holds values like these yet
+    same = before.shared is not None and layout.digest == layout_of(plan, before).digest
+    values, shared = share(after.values, base, before.shared if same else None, layout, codec)
     return replace(after, values=values, shared=shared)
 
 
@@ -239,6 +252,9 @@ def _aggregate(
         right=sum(report.right for report in reports),
         prior_right=sum(report.prior_right for report in reports),
         both_right=sum(report.both_right for report in reports),
+        peer_right=tuple(
+            sum(counts) for counts in zip(*(r.peer_right for r in reports), strict=True)
+        ),
         class_counts=tuple(
             sum(counts) for counts in zip(*(r.class_counts for r in reports), strict=True)
         ),
@@ -246,6 +262,9 @@ def _aggregate(
     if state.phase in ("look", "tally"):
         sums = sum(admission.decoded(reply).astype(np.float64) for reply in replies.values())
         return replace(outcome, sums=np.asarray(sums)), math.nan
+    if state.phase == "anchor":
+        shares = (r.report.images / images * admission.decoded(r) for r in replies.values())
+        return replace(outcome, sums=np.asarray(sum(shares), np.float64)), math.nan
     if state.phase == "weigh":
         return replace(outcome, scores=_scores(plan, replies, admission)), math.nan
     if state.phase == "judge":
@@ -255,7 +274,7 @@ def _aggregate(
     for reply in replies.values():
         mean.add(admission.decoded(reply), reply.report.images)
     values = mean.result()
-    if distiller is not None and state.phase == "grow":
+    if distiller is not None and state.phase == "grow" and state.way == "whole":
         updates = [admission.decoded(reply) for reply in replies.values()]
         values = distiller(plan, state, values, updates)
     if state.shared is not None:
@@ -278,7 +297,7 @@ def _scores(plan: Plan, replies: dict[str, Reply], admission: Admission) -> tupl
 def _scope(plan: Plan, state: RunState) -> str:
     if state.phase != "grow":
         return "all"
-    return "expert" if state.way == "expert" else plan.config.scope
+    return "expert" if state.way == "expert" else scope_of(plan, state)
 
 
 def _record(

@@ -25,17 +25,18 @@ from flwr.serverapp import Grid
 from common.config import Config
 from common.errors import ConfigError, FallowError, NetError, StoreError
 from common.store import disk_errors, write_bytes
+from server.begin import first_state
 from server.checkpoint import Checkpoint, CheckpointFolder
-from server.distill import ProxyDistiller
+from server.distill import distiller_of
 from server.fleet import Fleet
-from server.plan import RunState, current_model, rounds_left, start
+from server.plan import RunState, current_model, rounds_left
 from server.prior import Prior, bring_prior, shortened, train_prior
 from server.progress import Progress
 from server.publish import publish
-from server.remember import remember
 from server.report import write_report, write_summary
 from server.results import Results
 from server.rounds import play_rounds
+from server.synthetic import ImageMaker
 from server.world import open_world
 
 
@@ -176,8 +177,8 @@ class _Conductor:
         began = time.monotonic()
         prior = self._make_prior()
         images = None if prior.source == "brought" else self._world.scenario.prior
-        memory = remember(self._world.plan, prior.state, prior.free, images)
-        state = start(self._world.plan, prior.state, prior.free, memory)
+        world = self._world
+        state = first_state(world.plan, prior.state, prior.free, images, world.accelerator)
         self._results.prior_made(prior, time.monotonic() - began)
         if state.step > 0:
             self._publish(0, state)
@@ -210,9 +211,7 @@ class _Conductor:
         self._trim_rounds(checkpoint.rounds)
         self._progress.plan(checkpoint.rounds + rounds_left(plan, state), done=checkpoint.rounds)
         fleet = Fleet(self._grid, checkpoint.held)
-        distiller = None
-        if self._world.proxy is not None:
-            distiller = ProxyDistiller(self._world.proxy, self._world.accelerator)
+        distiller = distiller_of(self._world)
 
         def after_round(before: RunState, after: RunState, record: dict[str, Any]) -> None:
             if distiller is not None:
@@ -234,7 +233,16 @@ class _Conductor:
                 self._announce(after)
 
         self._announce(state)
-        state = play_rounds(self._grid, plan, state, fleet, self._progress, after_round, distiller)
+        state = play_rounds(
+            self._grid,
+            plan,
+            state,
+            fleet,
+            self._progress,
+            after_round,
+            distiller,
+            ImageMaker(self._world.accelerator),
+        )
         if state.stopped is not None:
             raise NetError(state.stopped)
 
@@ -258,7 +266,7 @@ class _Conductor:
             self._results.grown(before.step, grown)
         if len(after.finished) > len(before.finished):
             if before.phase in ("grow", "look", "tally"):  # nothing is freed after the step
-                self._results.grown(before.step, after.prior, after.free, after.memory)
+                self._results.grown(before.step, after.prior, after.off, after.memory)
             outcome = after.finished[-1]
             for text in self._results.verdicts(outcome):
                 self._progress.message(text)
@@ -269,7 +277,7 @@ class _Conductor:
         published = publish(
             self._world,
             state.prior,
-            state.free,
+            state.off,
             state.memory,
             step,
             self._folder.model(step),

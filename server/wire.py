@@ -47,7 +47,7 @@ _ARRAYS: list[tuple[np.ndarray, Array]] = []
 
 def _json(order: Order) -> str:
     """Return an order as text; a round's devices all get the same one."""
-    return _remembered(_ORDERS, order, lambda: order.model_dump_json())
+    return _remembered(_ORDERS, order, lambda: order.model_dump_json(exclude_defaults=True))
 
 
 def _array(values: np.ndarray) -> Array:

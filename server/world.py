@@ -64,6 +64,11 @@ def open_world(config: Config) -> World:
     """
     accelerator = Accelerator.pick(config.accelerator, config.amp)
     scenario = scenario_of(config)
+    if config.ewc_weight and config.prior:
+        raise ConfigError(
+            f"ewc-weight is {config.ewc_weight} with a prior of your own: what its weights matter "
+            "is measured on the data that it was trained on; set ewc-weight to 0"
+        )
     if len(scenario.classes) < 2:
         raise DataError(f"{config.data} has only class {scenario.classes[0]!r}: give at least two")
     _check_sizes(config, scenario)
@@ -91,7 +96,7 @@ def open_world(config: Config) -> World:
 def _check_scope(config: Config, graph: FilterGraph) -> None:
     """With scope rows, freed filters reach the logits through the classifier alone."""
     read = {slot.tensor for layer in graph.layers for slot in layer.slots}
-    if config.scope == "rows" and f"{graph.head}.weight" not in read:
+    if "rows" in config.scopes and f"{graph.head}.weight" not in read:
         raise NetError(
             f"scope 'rows' trains the freed filters' columns of the classifier '{graph.head}', "
             "but it reads no filter directly: use scope 'group' or 'all'"

@@ -72,6 +72,8 @@ class Worlds:
         See `common.data.places`.
     size, channels : int, optional
         As of `open_source`.
+    validate : float
+        Share of every world's training images that takes the place of its test images; 0 is none.
 
     Attributes
     ----------
@@ -88,7 +90,15 @@ class Worlds:
         If the setting is malformed, or the data cannot be read or does not go together.
     """
 
-    def __init__(self, data: str, *, size: int | None = None, channels: int | None = None) -> None:
+    def __init__(
+        self,
+        data: str,
+        *,
+        size: int | None = None,
+        channels: int | None = None,
+        validate: float = 0.0,
+    ) -> None:
+        self._validated = validate > 0
         self._places = places_of(data)
         self.names = _distinct([place.name for place in self._places])
         opened = [
@@ -106,11 +116,11 @@ class Worlds:
         train, self._aside = [], []
         for place, world in zip(self._places, opened, strict=True):
             pieces = self._pieces(place, world)
-            in_test = [np.zeros(len(piece.rows), np.bool_) for piece in pieces]
-            if isinstance(place.test, float):
-                in_test = [aside_mask(piece.labels, place.test) for piece in pieces]
-            train.append([p.where(~mask) for p, mask in zip(pieces, in_test, strict=True)])
-            self._aside.append([p.where(mask) for p, mask in zip(pieces, in_test, strict=True)])
+            pieces, aside = _split(pieces, place.test if isinstance(place.test, float) else 0.0)
+            if validate:
+                pieces, aside = _split(pieces, validate)
+            train.append(pieces)
+            self._aside.append(aside)
         self.edges = tuple(
             int(n) for n in np.cumsum([0, *(sum(len(p.rows) for p in w) for w in train)])
         )
@@ -121,7 +131,7 @@ class Worlds:
     def test(self, world: int) -> Source | None:
         """Return the test images of a world, or None if it has none."""
         place = self._places[world]
-        if isinstance(place.test, float):
+        if isinstance(place.test, float) or self._validated:
             return JoinedSource(self._aside[world], self._classes, self._shape)
         tested = place.test or place
         splits = {path: TEST if has_split(path, TEST) else None for path in tested.locations}
@@ -180,6 +190,18 @@ class Worlds:
                 f"{', '.join(self._classes[:10])} is left; give data that has some"
             )
         return pieces
+
+
+def _split(pieces: Sequence[Piece], share: float) -> tuple[list[Piece], list[Piece]]:
+    """Return the pieces without a share of each class, and that share."""
+    masks = [
+        aside_mask(piece.labels, share) if share else np.zeros(len(piece.rows), np.bool_)
+        for piece in pieces
+    ]
+    return (
+        [piece.where(~mask) for piece, mask in zip(pieces, masks, strict=True)],
+        [piece.where(mask) for piece, mask in zip(pieces, masks, strict=True)],
+    )
 
 
 def _check_values(place: Place, sources: Sequence[Source]) -> None:

@@ -19,14 +19,15 @@ from typing import Any, Literal, get_args
 
 from common.errors import ConfigError
 from common.store import read_json, write_json
+from server.begin import first_state
 from server.bench.cell import Cell, finished, first_model, run_afresh
 from server.bench.here import HereGrid
 from server.bench.methods import method_of
 from server.fleet import Fleet
-from server.plan import RunState, start
+from server.plan import RunState
 from server.progress import NullProgress
-from server.remember import remember
 from server.rounds import play_rounds
+from server.synthetic import ImageMaker
 from server.world import open_world
 
 Kind = Literal["rounds", "bytes", "compute"]
@@ -181,8 +182,15 @@ def _two_rounds(cell: Cell, out: Path) -> list[Record]:
             if len(costs) == 2:
                 raise _EnoughError
 
-        memory = remember(world.plan, prior, free, world.scenario.prior)
-        state = start(world.plan, prior, free, memory)
+        state = first_state(world.plan, prior, free, world.scenario.prior, world.accelerator)
         with contextlib.suppress(_EnoughError):
-            play_rounds(grid, world.plan, state, Fleet(grid), NullProgress(), after_round)
+            play_rounds(
+                grid,
+                world.plan,
+                state,
+                Fleet(grid),
+                NullProgress(),
+                after_round,
+                maker=ImageMaker(world.accelerator, out / "priors"),
+            )
     return costs

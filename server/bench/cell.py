@@ -25,17 +25,19 @@ from common.filters import FreeSet, parameter_count
 from common.memory import Memory, assembled
 from common.state import State, state_digest
 from common.store import read_json, write_json
+from server.begin import first_state
 from server.bench.exam import Exam, Marks, exam_of
 from server.bench.here import HereGrid
 from server.bench.methods import method_of
 from server.bench.priors import freed_prior, trained_prior
 from server.bench.protocols import settings_of
+from server.distill import distiller_of
 from server.fleet import Fleet
-from server.plan import Plan, RunState, StepOutcome, current_model, start
+from server.plan import Plan, RunState, StepOutcome, current_model
 from server.prior import fit_prior
 from server.progress import NullProgress
-from server.remember import remember
 from server.rounds import play_rounds
+from server.synthetic import ImageMaker
 from server.world import World, open_world
 
 Record = dict[str, Any]
@@ -156,6 +158,7 @@ class Played:
     outcomes: list[StepOutcome] = field(default_factory=list)
     cpu_seconds: float = 0.0
     memory: int = 0
+    distill_seconds: float = 0.0
     added: Memory | None = None
     unslimmed: Marks | None = None
     """Marks of the last step's grown model, before its filters were freed."""
@@ -177,7 +180,7 @@ def run_afresh(cell: Cell, out: Path) -> Record:
         blank = [[math.nan] * len(first.parts)] * (cell.config.steps - 1)
         played.rows = [*blank, exam.mark(world.plan, played.model).parts]
     else:
-        played = play(world, exam, *first_model(cell, world, out))
+        played = play(world, exam, *first_model(cell, world, out), out / "priors")
     last = exam.mark(world.plan, played.model, played.free, played.added)
     rows = [first.parts, *played.rows]
     matrix = np.array(rows)
@@ -196,6 +199,8 @@ def run_afresh(cell: Cell, out: Path) -> Record:
         "bytes_up": sum(r["bytes_up"] for r in played.rounds),
         "bytes_down": sum(r["bytes_down"] for r in played.rounds),
         "device_cpu_seconds": played.cpu_seconds,
+        "synthesis_seconds": sum(r.get("synthesis_seconds", 0.0) for r in played.rounds),
+        "distill_seconds": played.distill_seconds,
         "memory": played.memory,
         "unslimmed": None if played.unslimmed is None else played.unslimmed.parts,
         **_size(world.plan, played),
@@ -235,8 +240,13 @@ def first_model(cell: Cell, world: World, out: Path) -> tuple[State, FreeSet]:
     return freed_prior(world, cell.base, out / "priors")
 
 
-def play(world: World, exam: Exam, prior: State, free: FreeSet) -> Played:
-    """Play all rounds of `world`'s settings, from a prior and its free filters."""
+def play(
+    world: World, exam: Exam, prior: State, free: FreeSet, images: Path | None = None
+) -> Played:
+    """Play all rounds of `world`'s settings, from a prior and its free filters.
+
+    Images that the server makes of a model are kept in the folder `images`.
+    """
     config, plan = world.config, world.plan
     played = Played(prior, free)
 
@@ -257,13 +267,22 @@ def play(world: World, exam: Exam, prior: State, free: FreeSet) -> Played:
         tempfile.TemporaryDirectory(prefix="fallow-") as cache,
         HereGrid(config.flat(), config.devices, cache) as grid,
     ):
-        watcher = NullProgress()
-        memory = remember(plan, prior, free, world.scenario.prior)
-        first = start(plan, prior, free, memory)
-        done = play_rounds(grid, plan, first, Fleet(grid), watcher, after_round)
+        watcher, distiller = NullProgress(), distiller_of(world)
+        first = first_state(plan, prior, free, world.scenario.prior, world.accelerator)
+        done = play_rounds(
+            grid,
+            plan,
+            first,
+            Fleet(grid),
+            watcher,
+            after_round,
+            distiller,
+            maker=ImageMaker(world.accelerator, images),
+        )
         played.cpu_seconds = grid.cpu_seconds
         played.memory = grid.memory.peak
-    played.model, played.free, played.added = done.prior, done.free, done.memory
+        played.distill_seconds = 0.0 if distiller is None else distiller.seconds
+    played.model, played.free, played.added = done.prior, done.off, done.memory
     # A run that stops early leaves its last model to the steps that it did not play.
     missing = config.steps - len(played.rows)
     played.rows += [_marks(exam, plan, done).parts for _ in range(missing)]
@@ -286,7 +305,7 @@ def _train_centrally(world: World) -> State:
 
 
 def _marks(exam: Exam, plan: Plan, state: RunState) -> Marks:
-    return exam.mark(plan, state.prior, state.free, state.memory)
+    return exam.mark(plan, state.prior, state.off, state.memory)
 
 
 def _size(plan: Plan, played: Played) -> Record:

@@ -64,6 +64,12 @@ _ALL = (
         },
     ),
     Method(
+        "fedewc",
+        "FedAvg + elastic weight consolidation, Fisher of the prior's data at the server, of later "
+        "data on the devices (Kirkpatrick et al., PNAS 2017)",
+        {**WHOLE, "ewc_weight": 100.0},
+    ),
+    Method(
         "fedntd",
         "FedAvg + not-true KD from the round's model, T 1, weight 1 (Lee et al., NeurIPS 2022)",
         {
@@ -74,6 +80,12 @@ _ALL = (
             "ntd_weight": 1.0,
             "adaptive": False,
         },
+    ),
+    Method(
+        "generative",
+        "FedAvg + KD from the prior on images that the server makes of it without data (TARGET, "
+        "Zhang et al., ICCV 2023; images as in DeepInversion, Yin et al., CVPR 2020)",
+        {**WHOLE, "replay": "synthetic", "replay_weight": 1.0},
     ),
     Method(
         "shrink-perturb",
@@ -150,6 +162,45 @@ _ALL = (
     Method("rows", "fallow, scope rows", {"scope": "rows"}),
     Method("group", "fallow, scope group", {"scope": "group"}),
     Method("all", "fallow, scope all", {"scope": "all"}),
+    Method(
+        "kept-moves",
+        "fallow whose kept weights move a tenth as fast as the others, held by what they matter to "
+        "earlier data (MAS, Aljundi et al., ECCV 2018); travels as scope all",
+        {"kept_lr": 0.1, "ewc_weight": 1.0, "ewc_importance": "mas"},
+    ),
+    Method("kept-moves-free", "the same, held by nothing", {"kept_lr": 0.1}),
+    Method(
+        "widening",
+        "fallow that trains scope group for half of a step's rounds, then all",
+        {"scope_schedule": "group:1,all:1"},
+    ),
+    Method(
+        "peers",
+        "fallow with two nets a device that teach one another (Zhang et al., CVPR 2018); twice "
+        "the work and the bytes of growing",
+        {"peers": 2},
+    ),
+    Method(
+        "synthetic-distillation",
+        "fallow that distils each round's mean at the server, on images that it makes of the prior",
+        {"distill_source": "synthetic"},
+    ),
+    Method(
+        "synthetic-replay",
+        "fallow whose devices distil on such images, in growing and in consolidation",
+        {"replay": "synthetic"},
+    ),
+    Method(
+        "free-last",
+        "fallow that frees again only filters that the step has trained",
+        {"free_from": "last"},
+    ),
+    Method(
+        "reserve",
+        "fallow that frees half of the filters in the prior, hands them out step by step and frees "
+        "nothing more",
+        {"freeing": "prior", "reserve": True, "share": 0.5},
+    ),
     Method("fallow", "the defaults", {}),
     Method(
         "joint",

@@ -43,6 +43,8 @@ QUICK: Mapping[str, Any] = {
 }
 """Those of ``--quick``: every part of the machinery in seconds; its figures mean little."""
 QUICK_METHODS = "prior,fedavg,fallow,joint"
+VALIDATE_SHARE = 0.2
+"""Of every world's training images, with ``--validate``: its test images decide nothing."""
 _TEST_SHARE = "20%"
 
 

@@ -191,6 +191,29 @@ def test_test_images_can_come_from_elsewhere(tmp_path: Path) -> None:
     assert Scenario(Config(data=split, steps=1)).images == 9
 
 
+def test_what_validates_is_cut_from_the_training_images_and_no_test_image_is_looked_at(
+    tmp_path: Path,
+) -> None:
+    pixels = np.arange(60 * 16, dtype=np.uint32).reshape(60, 4, 4).view(np.uint8)[:, :, :4]
+    np.savez(tmp_path / "plain.npz", images=pixels.copy(), labels=np.arange(60) % 3)
+    place = f"{tmp_path}/plain.npz|20%"
+    tested = Scenario(Config(data=place, steps=1, devices=2)).test()
+    tuned = Scenario(Config(data=place, steps=1, devices=2, validate_share=0.25))
+    validated = tuned.test()
+    assert tested is not None
+    assert validated is not None
+    assert np.bincount(validated.labels).tolist() == [4, 4, 4]
+    sets = [tested, validated, tuned.prior, tuned.part(1)]
+    seen = [{image.tobytes() for image in some.images} for some in sets]
+    assert [len(some) for some in seen] == [12, 12, 18, 18]
+    assert len(set.union(*seen)) == 60
+
+    split = archive(tmp_path / "split.npz", 30, 8, 90, test=6)
+    validated = Scenario(Config(data=split, steps=1, validate_share=0.2)).test()
+    assert len(validated or ()) == 6
+    assert Scenario(Config(data=split, steps=1, validate_share=0.2)).images == 24
+
+
 # what does not go together
 
 

@@ -193,6 +193,28 @@ def test_fedlwf_listens_to_its_teacher_alike_on_every_image_and_in_every_round(o
     assert order.teaching.floor == 1.0
 
 
+def test_fedewc_stays_where_the_prior_data_want_it(out: Path) -> None:
+    prior = trained_prior(open_world(cell("fedavg").config), out)
+    fedavg = played(cell("fedavg"), out)
+    held = played(cell("fedewc@ewc-weight=100000"), out)
+    assert distance(held.model, prior) < 0.8 * distance(fedavg.model, prior)
+    assert [r["phase"] for r in held.rounds] == ["grow", "grow"]  # none after the last step
+    importances = 4 * sum(t.numel() for t in held.model.values()) * 2  # to each device, once
+    down = sum(r["bytes_down"] for r in held.rounds) - sum(r["bytes_down"] for r in fedavg.rounds)
+    assert down == pytest.approx(importances, rel=0.05)
+
+
+def test_generative_replay_costs_its_images_and_the_seconds_that_they_took(out: Path) -> None:
+    small = cell("generative@synthetic-images=64+synthetic-steps=3")
+    done = played(small, out)
+    fedavg = played(cell("fedavg"), out)
+    assert state_digest(done.model) != state_digest(fedavg.model)
+    down = sum(r["bytes_down"] for r in done.rounds) - sum(r["bytes_down"] for r in fedavg.rounds)
+    assert down == pytest.approx(2 * 64 * 8 * 8, rel=0.2)  # devices, images, pixels; and headers
+    assert done.rounds[0]["synthesis_seconds"] > 0
+    assert "synthesis_seconds" not in done.rounds[1]
+
+
 def test_whole_net_methods_play_nothing_but_their_rounds(out: Path) -> None:
     done = played(cell("fedavg"), out)
     assert [r["phase"] for r in done.rounds] == ["grow", "grow"]

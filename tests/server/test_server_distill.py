@@ -19,7 +19,7 @@ from common.distill import blend, kd
 from common.filters import cut
 from common.state import State, state_digest, write_state
 from common.train import predict
-from server.distill import ProxyDistiller
+from server.distill import ServerDistiller
 from server.plan import Plan, RunState, layout_of, start
 from server.prior import Prior, train_prior
 
@@ -86,7 +86,7 @@ def taught(
 def test_the_mean_comes_closer_to_its_teachers(world: World, images: ImageSet) -> None:
     plan, state = world(distill_epochs=3, scope="group")
     mean, updates = round_of(plan, state)
-    result = ProxyDistiller(images, CPU)(plan, state, mean, updates)
+    result = ServerDistiller(images, CPU)(plan, state, mean, updates)
     target = taught(plan, state, updates, images)
     before, after = (
         float(kd(logits(plan, state, v, images), target, 2.0).mean()) for v in (mean, result)
@@ -101,7 +101,7 @@ def test_where_the_devices_know_nothing_the_prior_is_heard(world: World, images:
     for name in ("fc.weight", "fc.bias"):
         blank[name] = torch.zeros_like(blank[name])
     clueless = layout.pack(blank)
-    result = ProxyDistiller(images, CPU)(plan, state, clueless, [clueless] * 2)
+    result = ServerDistiller(images, CPU)(plan, state, clueless, [clueless] * 2)
     prior = logits(plan, state, layout.pack(state.base), images).argmax(1)
     agreement = (logits(plan, state, result, images).argmax(1) == prior).float().mean()
     assert agreement > 0.8
@@ -112,7 +112,7 @@ def test_only_what_the_scope_names_is_touched(scope: str, world: World, images: 
     plan, state = world(scope=scope)
     layout = layout_of(plan, state)
     mean, updates = round_of(plan, state)
-    result = ProxyDistiller(images, CPU)(plan, state, mean, updates)
+    result = ServerDistiller(images, CPU)(plan, state, mean, updates)
     assert result.dtype == np.float32
     assert result.shape == mean.shape
     assert np.isfinite(result).all()
@@ -128,10 +128,10 @@ def test_only_what_the_scope_names_is_touched(scope: str, world: World, images: 
 def test_it_is_repeatable_and_another_round_draws_anew(world: World, images: ImageSet) -> None:
     plan, state = world()
     mean, updates = round_of(plan, state)
-    distiller = ProxyDistiller(images, CPU)
+    distiller = ServerDistiller(images, CPU)
     first = distiller(plan, state, mean, updates)
     assert distiller(plan, state, mean, updates).tobytes() == first.tobytes()
-    assert ProxyDistiller(images, CPU)(plan, state, mean, updates).tobytes() == first.tobytes()
+    assert ServerDistiller(images, CPU)(plan, state, mean, updates).tobytes() == first.tobytes()
     assert distiller(plan, replace(state, round=1), mean, updates).tobytes() != first.tobytes()
 
 
@@ -139,7 +139,7 @@ def test_labels_are_not_looked_at(world: World, images: ImageSet) -> None:
     plan, state = world()
     mean, updates = round_of(plan, state)
     unlabelled = ImageSet(images.images, np.full(len(images), -1), images.classes)
-    one, other = (ProxyDistiller(i, CPU)(plan, state, mean, updates) for i in (images, unlabelled))
+    one, other = (ServerDistiller(i, CPU)(plan, state, mean, updates) for i in (images, unlabelled))
     assert one.tobytes() == other.tobytes()
 
 
@@ -150,7 +150,7 @@ def test_its_inputs_stay_as_they_were_and_its_time_is_counted(
     mean, updates = round_of(plan, state)
     before = (mean.tobytes(), [u.tobytes() for u in updates], state_digest(state.base))
     scratch = state_digest(dict(plan.net.state_dict()))
-    distiller = ProxyDistiller(images, CPU)
+    distiller = ServerDistiller(images, CPU)
     assert distiller.seconds == 0.0
     distiller(plan, state, mean, updates)
     spent = distiller.seconds
