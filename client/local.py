@@ -6,6 +6,7 @@ import base64
 import contextlib
 import copy
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -19,7 +20,7 @@ from client.wire import Arrays, packed_update, received
 from common.accelerator import Accelerator
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import class_log_shares
-from common.errors import UpdateError
+from common.errors import NetError, UpdateError
 from common.experts import expert_layout
 from common.features import class_sums
 from common.filters import FilterGraph, cut
@@ -36,7 +37,10 @@ from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
 from common.state import State, read_state, state_digest, write_state
 from common.train import Labelled, Recipe, predict, train
+from common.twin import Twin
 from common.update import check_values, encode_scores
+
+_LOG = logging.getLogger(__name__)
 
 _SCORED_IMAGES = 256
 """Importances are means over images and settle early; more would only cost the device."""
@@ -252,11 +256,14 @@ def _train(
     # less time; without this step's filters the grown model is its kept part.
     before_step = None
     teaching = order.teaching
+    twin = _twin(order, student, graph)
     if order.phase == "grow":
         if teaching.teacher == "none" or not (teaching.weight or teaching.ntd_weight):
             teachers = []
         elif teaching.teacher == "round":
             teachers = [copy.deepcopy(student)]
+        elif twin is not None and order.kept == order.free:
+            teachers = [twin.teacher]
         else:
             teachers = [cut(base_net, graph, as_free_set(order.kept))]
     else:
@@ -276,8 +283,9 @@ def _train(
         data.y, known, teaching.calibration, mask_absent=teaching.mask_absent
     ).to(accelerator.device)
     objective = multi_step_objective(teachers, teaching.distillation(), skew)
+    trained_net, trained_layout = (student, layout) if twin is None else (twin, twin.layout)
     if order.prox:
-        objective = proximal(objective, student, layout, order.prox)
+        objective = proximal(objective, trained_net, trained_layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
     with contextlib.ExitStack() as stack:
         rotations = None
@@ -288,8 +296,8 @@ def _train(
                 Rotations(head, head.in_features, classes, order.rotations, torch_rng("turn", *key))
             )
         trained = train(
-            student,
-            layout,
+            trained_net,
+            trained_layout,
             data,
             objective,
             recipe,
@@ -298,7 +306,23 @@ def _train(
             rotations=rotations,
             before_step=before_step,
         )
+    if twin is not None:
+        twin.merge(student)
     return trained.loss
+
+
+def _twin(order: Order, student: nn.Module, graph: FilterGraph) -> Twin | None:
+    """Return `student` as a twin, which learns the same in less time, or None: train by masks."""
+    if order.phase != "grow" or order.scope != "rows":
+        return None
+    if order.rotations:
+        _LOG.warning("rotations are learnt by masks: a twin has no features of its own")
+        return None
+    try:
+        return Twin(student, graph, order.free_set())
+    except NetError as reason:  # also: kept filters read freed ones that were not regrown
+        _LOG.warning("trained by masks, which costs more: %s", reason)
+        return None
 
 
 def _seen(
