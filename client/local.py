@@ -6,6 +6,7 @@ import base64
 import contextlib
 import copy
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -22,7 +23,7 @@ from common.accelerator import Accelerator
 from common.anchor import anchored, importances
 from common.data import Augment, ImageSet, Normalisation, split_holdout
 from common.distill import class_log_shares
-from common.errors import UpdateError
+from common.errors import NetError, UpdateError
 from common.experts import expert_layout
 from common.features import class_sums
 from common.filters import FilterGraph, cut
@@ -48,7 +49,10 @@ from common.seeds import torch_rng
 from common.sparsify import Anneal, multi_step_objective, off_state, scale_factor
 from common.state import State, read_state, state_digest
 from common.train import Labelled, Recipe, predict, train
+from common.twin import Twin
 from common.update import decode_base, encode_scores
+
+_LOG = logging.getLogger(__name__)
 
 _SCORED_IMAGES = 256
 """Importances are means over images and settle early; more would only cost the device."""
@@ -299,11 +303,14 @@ def _train(
     # less time; without this step's filters the grown model is its kept part.
     before_step = None
     teaching = order.teaching
+    twin = _twin(order, student, graph)
     if order.phase == "grow":
         if teaching.teacher == "none" or not (teaching.weight or teaching.ntd_weight):
             teachers = []
         elif teaching.teacher == "round":
             teachers = [copy.deepcopy(student)]
+        elif twin is not None and order.kept == order.free:
+            teachers = [twin.teacher]
         else:
             teachers = [_kept_part(order, base_net, graph)]
     else:
@@ -327,8 +334,9 @@ def _train(
     objective = multi_step_objective(teachers, teaching.distillation(), skew)
     if order.peers > 1:
         objective = mutual(objective, order.peer_weight)
+    trained_net, trained_layout = (student, layout) if twin is None else (twin, twin.layout)
     if order.prox:
-        objective = proximal(objective, student, layout, order.prox)
+        objective = proximal(objective, trained_net, trained_layout, order.prox)
     key = (order.run, order.step, order.phase, order.attempt, order.round, device)
     if extras.anchor is not None:
         importance = dense_layout(graph, base).unpack(base, extras.anchor)
@@ -362,8 +370,8 @@ def _train(
                 Rotations(head, head.in_features, classes, order.rotations, torch_rng("turn", *key))
             )
         trained = train(
-            student,
-            layout,
+            trained_net,
+            trained_layout,
             data,
             objective,
             recipe,
@@ -373,6 +381,8 @@ def _train(
             rates=rates,
             before_step=before_step,
         )
+    if twin is not None:
+        twin.merge(student)
     return trained.loss
 
 
@@ -381,6 +391,23 @@ def _kept_part(order: Order, base_net: nn.Module, graph: FilterGraph) -> nn.Modu
     device = str(next(base_net.parameters()).device)
     key = ("kept part", order.net, order.base, kept.digest, device)
     return WORKSHOP.once(key, lambda: cut(base_net, graph, kept))
+
+
+def _twin(order: Order, student: nn.Module, graph: FilterGraph) -> Twin | None:
+    """Return `student` as a twin, which learns the same in less time, or None: train by masks."""
+    if order.phase != "grow" or order.scope != "rows":
+        return None
+    if order.peers > 1 or order.anchor_weight or order.replay_weight or order.full_rate is not None:
+        _LOG.warning("peers, anchors, replay and kept weights that move are learnt by masks")
+        return None
+    if order.rotations:
+        _LOG.warning("rotations are learnt by masks: a twin has no features of its own")
+        return None
+    try:
+        return Twin(student, graph, order.free_set())
+    except NetError as reason:  # also: kept filters read freed ones that were not regrown
+        _LOG.warning("trained by masks, which costs more: %s", reason)
+        return None
 
 
 def _seen(

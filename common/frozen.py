@@ -9,7 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from common.layout import Layout
+from common.layout import Entry, Layout
+from common.sliced import Slices, sliced_forward, slices
+
+_MOST = 0.6
+"""Share of filters and channels together beyond which slices cost as much as the whole gradient."""
+_LEAST = 64
+"""Filters and channels below which they do, too."""
 
 
 @contextlib.contextmanager
@@ -21,15 +27,21 @@ def training_only(net: nn.Module, layout: Layout) -> Iterator[None]:
     entry get no gradient. All is put back at the end.
     """
     statistics = {e.tensor: e for e in layout.entries if e.kind == "mean"}
-    trained = {e.tensor for e in layout.entries}
+    named = {e.tensor for e in layout.entries}
     parameters = list(net.named_parameters())
     asked = [p.requires_grad for _, p in parameters]
     modes = [(module, module.training) for module in net.modules()]
     swapped: list[nn.Module] = []
     net.train()
     for name, parameter in parameters:
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name in named)
+    weights = {e.tensor: e for e in layout.entries if e.kind == "weight"}
     for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d) and f"{name}.weight" in weights:
+            trained = _slices(module, weights[f"{name}.weight"])
+            if trained is not None:
+                module.forward = functools.partial(sliced_forward, module, trained)  # type: ignore[method-assign]
+                swapped.append(module)
         if getattr(module, "running_mean", None) is None:
             continue
         entry = statistics.get(f"{name}.running_mean")
@@ -50,6 +62,17 @@ def training_only(net: nn.Module, layout: Layout) -> Iterator[None]:
             parameter.grad = None
         for module, training in modes:
             module.training = training
+
+
+def _slices(conv: nn.Conv2d, entry: Entry) -> Slices | None:
+    """Return what of a convolution is trained, if its gradient is cheaper than the whole one."""
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    found = slices(entry) if plain else None
+    if found is None or min(conv.weight.shape[:2]) < _LEAST:
+        return None
+    if sum(len(part) / side for part, side in zip(found, conv.weight.shape, strict=False)) > _MOST:
+        return None
+    return Slices(*(positions.to(conv.weight.device) for positions in found))
 
 
 def _partial_forward(bn: nn.BatchNorm2d, channels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

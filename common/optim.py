@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn, no_grad, zeros_like
 
 from common.layout import Layout
+
+_DENSE = 0.15
+"""Share of a tensor's entries from which on masking all costs less than picking some."""
 
 
 class PackedSGD:
     """SGD with momentum and weight decay on the trainable entries of a net.
 
     Masking gradients of a stock optimiser is not enough: its momentum and its weight decay
-    move frozen entries. Here nothing but the named entries is ever read or written.
+    move frozen entries. Here nothing but the named entries ever moves.
 
     Parameters
     ----------
@@ -46,29 +50,39 @@ class PackedSGD:
                 continue
             parameter = parameters[entry.tensor]
             decay = weight_decay if parameter.dim() > 1 else 0.0
-            positions = entry.positions
+            positions, frozen = entry.positions, None
             if positions is not None:
                 positions = positions.to(parameter.device)
-            velocity = zeros_like(entry.read(parameter.detach()))
+                if entry.size > _DENSE * parameter.numel():
+                    frozen = torch.ones_like(parameter, dtype=torch.bool)
+                    frozen.view(-1)[positions] = False
+            whole = positions is None or frozen is not None
             rate = None if rates is None else rates[entry.tensor].to(parameter.device)
-            self._items.append((parameter, positions, decay, velocity, rate))
+            if rate is not None and whole:
+                picked, rate = rate, torch.zeros_like(parameter.detach())
+                rate.view(-1)[slice(None) if positions is None else positions] = picked.view(-1)
+            start = parameter.detach() if whole else entry.read(parameter.detach())
+            self._items.append((parameter, positions, frozen, decay, zeros_like(start), rate))
 
     @no_grad()
     def step(self) -> None:
         """Apply one update from the gradients, and clear them."""
-        for parameter, positions, decay, velocity, rate in self._items:
+        for parameter, positions, frozen, decay, velocity, rate in self._items:
             if parameter.grad is None:
                 continue
-            values, gradient = parameter.view(-1), parameter.grad.reshape(-1)
-            current = values if positions is None else values[positions]
-            if positions is not None:
-                gradient = gradient[positions]
-            velocity.mul_(self._momentum).add_(gradient)
-            if decay:
-                velocity.add_(current, alpha=decay)
-            way = velocity if rate is None else velocity * rate
-            if positions is None:
-                values.sub_(way, alpha=self.lr)
+            if positions is None or frozen is not None:
+                velocity.mul_(self._momentum).add_(parameter.grad)
+                if decay:
+                    velocity.add_(parameter, alpha=decay)
+                if frozen is not None:
+                    velocity.masked_fill_(frozen, 0.0)  # and w - lr * 0 is w to the bit
+                parameter.sub_(velocity if rate is None else velocity * rate, alpha=self.lr)
             else:
+                values = parameter.view(-1)
+                current = values[positions]
+                velocity.mul_(self._momentum).add_(parameter.grad.reshape(-1)[positions])
+                if decay:
+                    velocity.add_(current, alpha=decay)
+                way = velocity if rate is None else velocity * rate
                 values[positions] = current.sub_(way, alpha=self.lr)
             parameter.grad = None

@@ -14,17 +14,20 @@ which reads both. It learns what the whole net would with all else frozen
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import NetError
 from common.filters import FilterGraph, FreeSet, freed_index
 from common.layout import Entry, Layout
-from common.twin_ops import Halves, Part
+from common.twin_cache import KeptCache
+from common.twin_ops import Halves, Part, Pass
 from common.twin_run import evaluate
 from common.twin_trace import Builder, TwinUnsupported
 
@@ -44,6 +47,12 @@ class Twin(nn.Module):
         Any net that the filter graph was built for; left as it is.
     graph, free
         Its filter groups and those that are freed.
+    lean : bool
+        Compute the half of the activations that comes first, and is the largest, anew in the
+        backward pass instead of holding it.
+    cache_bytes : int
+        Most memory for the kept part's activations of images that come again; 0 caches none.
+        Only images that are the same to the last bit do (see `common.twin_cache`).
 
     Raises
     ------
@@ -54,7 +63,15 @@ class Twin(nn.Module):
         no freed filter. Train it with masks instead.
     """
 
-    def __init__(self, net: nn.Module, graph: FilterGraph, free: FreeSet) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        graph: FilterGraph,
+        free: FreeSet,
+        *,
+        lean: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
         super().__init__()
         _check_kept(net, graph, free)
         example = torch.randn(2, *graph.input_shape, generator=torch.Generator().manual_seed(0))
@@ -63,6 +80,11 @@ class Twin(nn.Module):
             builder = Builder(net, graph, free, example)
             _compare(net, example, builder.logits)
         self._ops = builder.ops
+        self._front = builder.half_way() if lean else 0
+        self.cache = KeptCache(cache_bytes) if cache_bytes else None
+        self._pass = Pass()
+        for part in builder.parts.values():
+            part.pass_ = self._pass
         self.parts = nn.ModuleDict({_key(name): part for name, part in builder.parts.items()})
         # Two tensors in place of hundreds: the optimiser's time is that of its calls.
         self._decayed, self._undecayed = self._trained(), self._trained(matrices=False)
@@ -75,9 +97,44 @@ class Twin(nn.Module):
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prior's logits [B, C], which have no gradient, and the student's."""
         self._point()
-        taught, logits = evaluate(self._ops, x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        learning = self.training and torch.is_grad_enabled()
+        noted = self.cache.fetch(x, self._kept) if self.cache is not None and learning else None
+        if noted is not None:
+            with self._passing(half="freed", noted=noted):
+                taught, logits = evaluate(self._ops, Halves(x, None))
+        elif self._front and learning:
+            ops = self._ops[: self._front]
+            middle = checkpoint(
+                *(evaluate, ops, Halves(x, None)),
+                use_reentrant=False,
+                preserve_rng_state=False,
+                early_stop=False,  # its exception would pass through C++ that allows none
+                context_fn=lambda: (contextlib.nullcontext(), self._passing(again=True)),
+            )
+            taught, logits = evaluate(self._ops[self._front :], middle, ops[-1].number)
+        else:
+            taught, logits = evaluate(self._ops, Halves(x, None))
+        assert taught is not None
         assert logits is not None
         return taught, logits
+
+    @torch.no_grad()
+    def _kept(self, x: Tensor) -> list[Tensor]:
+        """Return all that freed filters read of the kept part on images `x`."""
+        noted: list[Tensor] = []
+        with self._passing(half="kept", noted=noted):
+            evaluate(self._ops, Halves(x, None))
+        return noted
+
+    @contextlib.contextmanager
+    def _passing(self, **changes: Any) -> Iterator[None]:
+        before = vars(self._pass).copy()
+        vars(self._pass).update(changes)
+        try:
+            yield
+        finally:
+            vars(self._pass).update(before)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the student's logits [B, C]; `teacher` then knows the prior's."""

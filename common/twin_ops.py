@@ -6,7 +6,8 @@ gradients for freed filters alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,10 +19,33 @@ from common.twin_sum import CHANNELS_LAST, NARROW, FreedSum
 
 
 class Halves(NamedTuple):
-    """A value split along its channels: the kept ones, and the freed ones if there are any."""
+    """A value split along its channels: the kept ones, and the freed ones if there are any.
 
-    kept: Tensor
+    The kept ones are None in a pass that has them from a cache.
+    """
+
+    kept: Tensor | None
     freed: Tensor | None
+
+
+@dataclass
+class Pass:
+    """What all parts of a twin do in one pass.
+
+    Attributes
+    ----------
+    half : {"both", "kept", "freed"}
+        ``kept``: the prior alone, and what freed filters would read of it is noted; ``freed``:
+        the freed part alone, on what was noted.
+    noted : list of Tensor
+        In the order in which the parts read them.
+    again : bool
+        The pass repeats another, for its backward pass: statistics have been counted.
+    """
+
+    half: Literal["both", "kept", "freed"] = "both"
+    noted: list[Tensor] = field(default_factory=list)
+    again: bool = False
 
 
 class Part(nn.Module):
@@ -38,6 +62,7 @@ class Part(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.pass_ = Pass()
         self.own: dict[str, Tensor] = {}
         self.places: dict[str, tuple[str, Positions, Positions | None]] = {}
 
@@ -52,6 +77,15 @@ class Part(nn.Module):
         """Make a trained tensor of the part from a slice of a dense one."""
         self.own[leaf] = block(source, rows, columns)
         self.places[leaf] = (tensor, rows, columns)
+
+    def read(self, kept: Tensor | None) -> Tensor:
+        """Return the kept channels that freed filters read; they are noted, or were."""
+        if self.pass_.half == "freed":
+            return self.pass_.noted.pop(0)
+        assert kept is not None
+        if self.pass_.half == "kept":
+            self.pass_.noted.append(kept)
+        return kept
 
 
 def block(tensor: Tensor, rows: Positions, columns: Positions | None = None) -> Tensor:
@@ -119,22 +153,32 @@ class TwinConv(Part):
             if conv.bias is not None:
                 self.take("bias", f"{name}.bias", conv.bias, freed_rows)
 
-    def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+    def forward(self, kept: Tensor | None, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
-        kept = kept.contiguous(memory_format=CHANNELS_LAST)  # once, and not for each convolution
+        if kept is not None:  # once, and not for each convolution
+            kept = kept.contiguous(memory_format=CHANNELS_LAST)
         if not self.own:
-            return Halves(F.conv2d(kept, self.joint, self.joint_bias, *self.conv), None)
+            return Halves(None if kept is None else self._convolve(kept), None)
         from_kept, bias = self.own["from_kept"], self.own.get("bias")
+        kept = self.read(kept)
+        if self.pass_.half == "kept":
+            return Halves(self._convolve(kept, self.kept), None)
         with torch.no_grad():
-            self.joint[self.kept :] = from_kept
-            if bias is not None:
-                self.joint_bias[self.kept :] = bias
-            both = F.conv2d(kept, self.joint, self.joint_bias, *self.conv)
+            if self.pass_.half == "freed":
+                prior, partial = None, F.conv2d(kept, from_kept, bias, *self.conv)
+            else:
+                self.joint[self.kept :] = from_kept
+                if bias is not None:
+                    self.joint_bias[self.kept :] = bias
+                both = self._convolve(kept)
+                prior, partial = both[:, : self.kept], both[:, self.kept :]
         mine = FreedSum.apply(  # type: ignore[no-untyped-call]
-            both[:, self.kept :],
-            *(kept, freed, from_kept, self.own.get("from_freed"), bias, self.conv),
+            *(partial, kept, freed, from_kept, self.own.get("from_freed"), bias, self.conv)
         )
-        return Halves(both[:, : self.kept], cast(Tensor, mine))
+        return Halves(prior, cast(Tensor, mine))
+
+    def _convolve(self, kept: Tensor, filters: int | None = None) -> Tensor:
+        return F.conv2d(kept, self.joint[:filters], self.joint_bias[:filters], *self.conv)
 
 
 class TwinDepthwise(Part):
@@ -167,9 +211,10 @@ class TwinDepthwise(Part):
             if conv.bias is not None:
                 self.take("bias", f"{name}.bias", conv.bias, freed_rows)
 
-    def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+    def forward(self, kept: Tensor | None, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
-        kept = F.conv2d(kept, self.kept_weight, self.kept_bias, *self.conv, kept.shape[1])
+        if kept is not None:
+            kept = F.conv2d(kept, self.kept_weight, self.kept_bias, *self.conv, kept.shape[1])
         if freed is None:
             return Halves(kept, None)
         return Halves(
@@ -211,16 +256,19 @@ class TwinNorm(Part):
                 self.register_buffer(leaf, block(getattr(norm, leaf), freed))
                 self.places[leaf] = (f"{name}.{leaf}", freed, None)
 
-    def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+    def forward(self, kept: Tensor | None, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
-        if self.affine is not None:
+        if self.affine is not None and kept is not None:
             kept = torch.addcmul(self.affine[1], kept, self.affine[0])
         if freed is None:
             return Halves(kept, None)
         if freed.shape[1] < NARROW:
             freed = freed.contiguous()
+        mean, var = self.running_mean, self.running_var
+        if self.pass_.again:  # they have counted this batch
+            mean, var = (None if t is None else t.clone() for t in (mean, var))
         freed = F.batch_norm(
-            *(freed, self.running_mean, self.running_var, self.own["weight"], self.own["bias"]),
+            *(freed, mean, var, self.own["weight"], self.own["bias"]),
             *(self.training, self.momentum, self.eps),
         ).contiguous(memory_format=CHANNELS_LAST)
         return Halves(kept, freed)
@@ -240,10 +288,13 @@ class TwinHead(Part):
         self.register_buffer("kept_bias", bias)
         self.take("weight", f"{name}.weight", linear.weight, rows, freed)
 
-    def forward(self, kept: Tensor, freed: Tensor | None) -> Halves:
+    def forward(self, kept: Tensor | None, freed: Tensor | None) -> Halves:
         """Map both halves of the input to both of the output."""
+        bias = cast("Tensor | None", self.kept_bias)
+        taught = F.linear(self.read(kept), self.kept_weight, bias)
+        if self.pass_.half == "kept":
+            return Halves(taught, None)
         assert freed is not None
-        taught = F.linear(kept, self.kept_weight, cast("Tensor | None", self.kept_bias))
         return Halves(taught, taught + F.linear(freed, self.own["weight"]))
 
 

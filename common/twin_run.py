@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.twin_ops import Halves
 
@@ -33,14 +32,14 @@ class Op:
     done: tuple[int, ...]
 
 
-def evaluate(ops: list[Op], x: Tensor) -> Halves:
-    """Run the operations on images `x`; the last value is the pair of logits."""
-    values: dict[int, Any] = {0: Halves(x, None)}
+def evaluate(ops: list[Op], value: Halves, number: int = 0) -> Halves:
+    """Run operations that need no earlier value than `number`; return the last one."""
+    values: dict[int, Any] = {number: value}
     for op in ops:
         args, kwargs = filled(op.args, values), filled(op.kwargs, values)
         result = values[op.number] = op.run(*args, **kwargs)
-        for number in op.done:
-            del values[number]
+        for done in op.done:
+            del values[done]
     assert isinstance(result, Halves)
     return result
 
@@ -69,7 +68,7 @@ def on_halves(function: Callable[..., Any]) -> Callable[..., Any]:
             else None
             for i in (0, 1)
         )
-        return Halves(cast(Tensor, kept), freed)
+        return Halves(kept, freed)
 
     return run
 
@@ -80,5 +79,7 @@ def _half(argument: Any, which: int) -> Any:
 
 def cat(values: tuple[Halves, ...], *_: Any, **__: Any) -> Halves:
     """Join channels, as ``torch.cat`` does."""
-    freed = [value.freed for value in values if value.freed is not None]
-    return Halves(torch.cat([v.kept for v in values], 1), torch.cat(freed, 1) if freed else None)
+    kept, freed = (
+        [half for half in side if half is not None] for side in zip(*values, strict=True)
+    )
+    return Halves(torch.cat(kept, 1) if kept else None, torch.cat(freed, 1) if freed else None)

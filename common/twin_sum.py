@@ -15,6 +15,9 @@ CHANNELS_LAST = torch.channels_last
 NARROW = 8
 """Half a vector of floats: with fewer channels most of the kernels' work is wasted."""
 
+VECTOR = 16
+"""Filters that the widest vectors of today's CPUs hold."""
+
 Conv = tuple[list[int], list[int], list[int], int]
 """Stride, padding, dilation, groups."""
 
@@ -46,31 +49,31 @@ class FreedSum(torch.autograd.Function):
         kept, freed, from_kept, from_freed = ctx.saved_tensors
         dfreed = dw_freed = None
         if freed is not None:
-            dw_freed = _weight_gradient(gradient, freed, from_freed, ctx.conv)
+            dw_freed = weight_gradient(gradient, freed, from_freed, ctx.conv)
         if ctx.needs_input_grad[2]:
-            dfreed = _convolution_backward(gradient, freed, from_freed, ctx.conv, 0)
-        dw_kept = _weight_gradient(gradient, kept, from_kept, ctx.conv)
+            dfreed = convolution_backward(gradient, freed, from_freed, ctx.conv, 0)
+        dw_kept = weight_gradient(gradient, kept, from_kept, ctx.conv)
         dbias = gradient.sum((0, 2, 3)).to(from_kept.dtype) if ctx.biased else None
         return None, None, dfreed, dw_kept, dw_freed, dbias, None
 
 
-def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """Return the gradient [F, C, h, w] of the filters `weight` on `x`, whose output had `gradient`.
 
-    With few filters the two change places: correlating them gives the same sums, mirrored, and
-    the kernels pay for a full vector of output channels but not of input channels.
+    With filters that do not fill the last vector the two change places: correlating them gives
+    the same sums, mirrored, and the kernels pay for full vectors of output channels alone.
     """
     stride, padding, dilation, _ = conv
     x = x.to(gradient.dtype)
     mirrored = [side - 1 - pad for side, pad in zip(weight.shape[2:], padding, strict=True)]
-    if len(weight) > NARROW or stride != [1, 1] or dilation != [1, 1] or min(mirrored) < 0:
-        return _convolution_backward(gradient, x, weight, conv, 1).to(weight.dtype)
+    if not len(weight) % VECTOR or stride != [1, 1] or dilation != [1, 1] or min(mirrored) < 0:
+        return convolution_backward(gradient, x, weight, conv, 1).to(weight.dtype)
     swapped = weight.new_empty(weight.shape[1], len(weight), *weight.shape[2:])
-    found = _convolution_backward(x, gradient, swapped, (stride, mirrored, dilation, 1), 1)
+    found = convolution_backward(x, gradient, swapped, (stride, mirrored, dilation, 1), 1)
     return found.flip(2, 3).transpose(0, 1).to(weight.dtype)
 
 
-def _convolution_backward(
+def convolution_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, conv: Conv, which: int
 ) -> Tensor:
     """Return a convolution's gradient with respect to its input (0) or its weight (1)."""

@@ -70,6 +70,8 @@ class Builder:
         self._freed = freed_index(graph, free)
         self._folded: set[str] = set()
         self._fresh: set[fx.Node] = set()
+        self._live = {0}
+        self._sizes: list[tuple[int, bool]] = []
         self._masks = {nodes[0]: np.zeros(example.shape[1], bool)}
         numbers = {node: number for number, node in enumerate(nodes)}
         last = {source: node for node in nodes for source in node.all_input_nodes}
@@ -88,16 +90,42 @@ class Builder:
             if isinstance(value, Tensor) or not isinstance(kept, Tensor | None):
                 raise TwinUnsupported(f"{_called(node)} does not give one tensor of channels")
             values[numbers[node]] = value
+            self._note(node, value, done)
             if isinstance(value, Halves) and node.target != self._head:
                 self._masks[node] = self._mask(node, value)
         self.logits: Halves = values[numbers[nodes[-1]]]
+
+    def half_way(self) -> int:
+        """Return how many operations hold half of what the backward pass needs.
+
+        They pass on one value alone; if there is no such place, none of them do.
+        """
+        total = sum(size for size, _ in self._sizes)
+        so_far = 0
+        for count, (size, alone) in enumerate(self._sizes[:-1], 1):
+            so_far += size
+            if alone and so_far >= total / 2:
+                return count
+        return 0
+
+    def _note(self, node: fx.Node, value: Any, done: tuple[int, ...]) -> None:
+        """Note what an operation adds to the memory, and whether others are needed after it."""
+        number = self.ops[-1].number
+        self._live = (self._live | {number}) - set(done)
+        size = 0
+        if isinstance(self.parts.get(str(node.target)), TwinConv | TwinDepthwise):
+            size = sum(half.numel() for half in value if half is not None)
+        overwritten = any(user in self._fresh for user in node.users) or any(
+            _kind(user, self._modules) in _RECTIFIERS for user in node.users
+        )
+        self._sizes.append((size, self._live == {number} and not overwritten))
 
     def _run(self, node: fx.Node) -> Callable[..., Any]:
         """Return what computes `node`."""
         if node.op not in ("call_module", "call_function", "call_method"):
             raise TwinUnsupported(f"the net's forward pass uses {node.op} {node.target!r}")
         module = self._modules[str(node.target)] if node.op == "call_module" else None
-        kind: Any = node.target if module is None else type(module)
+        kind = _kind(node, self._modules)
         sources = node.all_input_nodes
         if kind in _DROPOUT:
             if _dropped(node, module):
@@ -113,7 +141,7 @@ class Builder:
             return self._rectify(node, _RECTIFIERS[kind])
         if kind in _SHAPES:
             function = _function(node, module)
-            return lambda x, *args: function(x.kept if isinstance(x, Halves) else x, *args)
+            return lambda x, *args: function(_either(x), *args)
         if kind is torch.cat:
             if _argument(node, 1, "dim", 0) != 1:
                 raise TwinUnsupported(f"{_called(node)} does not join channels")
@@ -168,15 +196,18 @@ class Builder:
         alone = source in self._fresh and len(source.users) == 1
 
         def run(x: Halves, *_: Any, **__: Any) -> Halves:
-            # What is a slice of a convolution's output becomes one piece by the way.
-            whole = alone and x.kept.is_contiguous(memory_format=torch.channels_last)
-            kept = function(x.kept, inplace=whole)
+            kept = x.kept
+            if kept is not None:
+                # What is a slice of a convolution's output becomes one piece by the way.
+                whole = alone and kept.is_contiguous(memory_format=torch.channels_last)
+                kept = function(kept, inplace=whole)
             return Halves(kept, None if x.freed is None else function(x.freed, inplace=alone))
 
         return run
 
     def _mask(self, node: fx.Node, value: Halves) -> np.ndarray:
         """Return which channels of a value are freed."""
+        assert value.kept is not None
         kept = value.kept.shape[1]
         freed = 0 if value.freed is None else value.freed.shape[1]
         own = self._freed.own.get(f"{node.target}.weight")
@@ -210,6 +241,16 @@ def _trace(net: nn.Module) -> list[fx.Node]:
     if [node.op for node in nodes].count("placeholder") != 1 or output.args[0] is not nodes[-1]:
         raise TwinUnsupported("the net does not map one input to the output of its classifier")
     return nodes
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+
+
+def _either(x: Any) -> Any:
+    if not isinstance(x, Halves):
+        return x
+    return x.freed if x.kept is None else x.kept
 
 
 def _with_refs(argument: Any, numbers: dict[fx.Node, int]) -> Any:

@@ -26,6 +26,7 @@ from common.regrow import Diversity, regrow
 from common.sparsify import off_state, scale_and_shift
 from common.state import State, read_state, state_digest, write_state
 from common.train import Labelled, predict
+from common.twin import Twin
 
 SPEC = NetSpec(name="resnet8", classes=10, input_shape=(1, 8, 8), width=8, mean=(0.3,), std=(0.4,))
 DIVERSITY = Diversity()
@@ -162,14 +163,14 @@ Do = Callable[..., tuple[Report, np.ndarray]]
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[State]:
     """The net's whole state after every training on the device."""
     seen: list[State] = []
-    real = local.train
+    real = local._train
 
-    def watching(net: nn.Module, *arguments: Any, **options: Any) -> Any:
-        result = real(net, *arguments, **options)
+    def watching(order: Order, net: nn.Module, *arguments: Any) -> Any:
+        result = real(order, net, *arguments)
         seen.append(read_state(net))
         return result
 
-    monkeypatch.setattr(local, "train", watching)
+    monkeypatch.setattr(local, "_train", watching)
     return seen
 
 
@@ -226,6 +227,52 @@ def test_with_rows_the_prior_is_the_kept_part_of_the_grown_model(world: World, d
         if name == f"{world.graph.head}.weight":
             mask[:, freed.out[name]] = False
         assert tensor.numpy()[mask].tobytes() == world.base[name].numpy()[mask].tobytes()
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"prox": 0.1}, {"kept": {}}, {"teaching": {"teacher": "round"}}], ids=str
+)
+def test_a_twin_learns_what_the_masked_net_does(
+    change: dict[str, Any], world: World, do: Do, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "teaching" in change:
+        change = {"teaching": TEACHING.model_copy(update=change["teaching"])}
+    order = world.order(scope="rows", epochs=1, lr=0.01, **change)
+    split: list[Any] = []
+    real = local._twin
+    monkeypatch.setattr(local, "_twin", lambda *args: split.append(real(*args)) or split[-1])
+    report, update = do(order)
+    _, again = do(order)
+    assert again.tobytes() == update.tobytes()
+    assert all(isinstance(twin, Twin) for twin in split)
+    monkeypatch.setattr(local, "_twin", lambda *_: None)
+    expected, masked = do(order)
+    np.testing.assert_allclose(update, masked, rtol=1e-5, atol=1e-5)
+    assert report.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "regrown", "message"),
+    [
+        ({"rotations": 1.0}, True, "a twin has no features"),
+        ({"regrown": None}, False, "kept filters read freed ones in 'layer1.0.conv1.weight'"),
+    ],
+)
+def test_what_a_twin_cannot_do_is_done_by_masks_and_said(
+    change: dict[str, Any],
+    regrown: bool,
+    message: str,
+    world: World,
+    do: Do,
+    bases: Bases,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if not regrown:
+        world = replace(world, base={k: v + 0.01 for k, v in world.base.items()})
+        bases.put(world.base)
+    _, update = do(world.order(scope="rows", **change))
+    assert message in caplog.text
+    assert np.isfinite(update).all()
 
 
 def test_layers_without_a_freed_filter_stay_as_they_are_to_the_bit(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from common import twin_cache
 from common.data import Augment
 from common.distill import Distillation
 from common.errors import NetError
@@ -329,26 +330,23 @@ def test_layers_without_freed_filters_run_as_they_are() -> None:
     assert_same_step(net, graph, some, tolerance=1e-9)
 
 
-def test_the_backward_pass_keeps_far_less_than_that_of_the_whole_net() -> None:
-    net, graph, free = step("resnet18")
-    data, twin = images(graph, 8), Twin(net, graph, free)
+def saved(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes that a forward pass keeps, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    held = []  # lest an address is used twice
 
-    def saved(model: nn.Module) -> int:
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        sizes: dict[int, int] = {}
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits = model(data.x)
-        assert logits.requires_grad
-        return sum(sizes.values())
-
-    assert saved(twin) < 0.7 * saved(net.train())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(x)
+    assert logits.requires_grad
+    return sum(sizes.values())
 
 
 def test_it_runs_in_bfloat16_under_autocast() -> None:
@@ -359,6 +357,88 @@ def test_it_runs_in_bfloat16_under_autocast() -> None:
     F.cross_entropy(logits.float(), data.y).backward()
     assert logits.dtype == torch.bfloat16
     assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in twin.parameters())
+
+
+# ---------------------------------------------------------------- computed again, or held
+
+
+def trained(twin: Twin, data: Labelled, augment: Augment, epochs: int = 2) -> dict[str, Tensor]:
+    recipe = Recipe(epochs=epochs, batch=5, lr=0.05, momentum=0.9, augment=augment)
+    objective = multi_step_objective([twin.teacher], Distillation())
+    train(twin, twin.layout, data, objective, recipe, torch.Generator().manual_seed(0))
+    return {key: t for key, t in tensors(twin).items() if "joint" not in key}
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "in place"])
+def test_a_lean_twin_learns_the_same_to_the_bit(name: str) -> None:
+    net, graph, free = step(name)
+    data, augment = images(graph, 12), Augment(1, True)
+    expected = trained(Twin(net, graph, free), data, augment)
+    found = trained(Twin(net, graph, free, lean=True), data, augment)
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_lean_twin_holds_less_than_a_third_for_the_backward_pass() -> None:
+    net, graph, free = step("resnet18")
+    data, twin = images(graph, 8), Twin(net, graph, free, lean=True)
+    plain = saved(net.train(), data.x)
+    assert saved(twin, data.x) < 0.3 * plain
+    assert saved(Twin(net, graph, free), data.x) < 0.7 * plain
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "concatenation", "in place"])
+def test_with_a_cache_a_twin_learns_the_same(name: str) -> None:
+    net, graph, free = step(name, 0.25, torch.float64)
+    data, augment = images(graph, 12, torch.float64), Augment(0, True)
+    expected = trained(Twin(net, graph, free), data, augment, 3)
+    twin = Twin(net, graph, free, cache_bytes=2**30)
+    found = trained(twin, data, augment, 3)
+    assert twin.cache is not None
+    assert 12 < len(twin.cache) <= 24
+    assert twin.cache.asked == 36
+    assert twin.cache.hits == 36 - len(twin.cache)
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+
+
+def test_images_beyond_the_limit_are_computed_each_time() -> None:
+    net, graph, free = step("resnet8", 0.25, torch.float64)
+    data, augment = images(graph, 12, torch.float64), Augment(0, False)
+    expected = trained(Twin(net, graph, free), data, augment, 3)
+    each = sum(t[0].numel() * 8 for t in Twin(net, graph, free)._kept(data.x))
+    twin = Twin(net, graph, free, cache_bytes=7 * each + each // 2)
+    found = trained(twin, data, augment, 3)
+    assert twin.cache is not None
+    assert len(twin.cache) == 7
+    assert twin.cache.hits == 14
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+
+
+def test_the_cache_is_dropped_when_memory_runs_low(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, graph, free = step("resnet8", 0.25, torch.float64)
+    data, augment = images(graph, 12, torch.float64), Augment(0, False)
+    expected = trained(Twin(net, graph, free), data, augment, 3)
+    left = iter([2**30] * 6 + [2**20] * 9)
+    monkeypatch.setattr(twin_cache, "memory_left", lambda: next(left))
+    twin = Twin(net, graph, free, cache_bytes=2**30)
+    found = trained(twin, data, augment, 3)
+    assert twin.cache is not None
+    assert len(twin.cache) == 0
+    assert "no longer cached: little memory is left" in caplog.text
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+
+
+def test_a_limit_below_one_image_caches_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    net, graph, free = step("resnet8")
+    twin = Twin(net, graph, free, cache_bytes=1000)
+    assert twin(images(graph, 4).x).requires_grad
+    assert "one image takes" in caplog.text
+    assert len(twin.cache or ()) == 0
 
 
 # ---------------------------------------------------------------- refusals
