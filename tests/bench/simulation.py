@@ -1,6 +1,6 @@
 """What a simulation costs: against Flower's on Ray, against pfl, and by the number of devices.
 
-    python tests/bench/simulation.py [--case ray|pfl|scale] [--data CIFAR-10.npz] [--repeats 3]
+    python tests/bench/simulation.py [--case ray|pfl|scale|linear] [--data CIFAR-10.npz] [--repeats 3]
 
 Every measurement is a process of its own, from its start to the end of its last round, and the
 sides take turns, so that other load falls on all alike. Seconds of CPU, which other load hardly
@@ -12,7 +12,8 @@ pfl: pfl's published CIFAR-10 set-up cut short: 1,000 clients x 50 images, cohor
   epoch, batch 10, plain SGD, float32 on the wire. pfl has a virtual environment of its own, made
   in runs/bench. It is measured with its published net and with the same net plus batch norm,
   which is what fallow trains.
-scale: memory from 100 to 10,000 devices, and seconds a round by the devices trained.
+scale: memory from 100 to 10,000 devices of which 50 train a round.
+linear: seconds a round by the devices trained.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ CIFAR = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=("ray", "pfl", "scale"), action="append")
+    parser.add_argument("--case", choices=tuple(CASES), action="append")
     parser.add_argument("--data", help="npz with x uint8 [N, 32, 32, 3] and y; default: random")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -84,8 +85,8 @@ def main() -> None:
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(options.data) if options.data else random_images(Path(folder))
-        for case in options.case or ("ray", "pfl", "scale"):
-            made = {"ray": ray, "pfl": pfl, "scale": scale}[case](data, options.repeats)
+        for case in options.case or CASES:
+            made = CASES[case](data, options.repeats)
             result = json.loads(RESULTS.read_text()) if RESULTS.exists() else result
             result[case] = {**made, "machine": machine(), "random_images": not options.data}
             RESULTS.write_text(json.dumps(result, indent=1) + "\n")
@@ -164,25 +165,33 @@ def pfl(data: Path, repeats: int) -> dict[str, Any]:
 
 
 def scale(data: Path, repeats: int) -> dict[str, Any]:
-    """Measure memory and time by the number of devices."""
+    """Measure memory by the number of devices, of which 50 train a round."""
     rows = []
     for devices, sample in ((100, 0.5), (1000, 0.05), (10_000, 0.005)):
         settings = {**TINY, "data": str(data), "devices": devices, "sample": sample}
         settings["part-size"] = 50_000
         made = side({**settings, "average": 1, "rounds": 6}, "inline")
         rows.append({"devices": devices, "trained_a_round": round(devices * sample), **made})
-    linear = []
-    for trained in (25, 50, 100, 200, 400):
-        settings = {**TINY, "data": str(data), "devices": 400, "sample": trained / 400}
-        made = side({**settings, "part-size": 20_000, "rounds": 4}, "inline")
-        seconds = statistics.median(made["rounds"][1:])
-        linear.append({"trained": trained, "seconds": seconds, "ms_each": 1e3 * seconds / trained})
     return {
         "population": rows,
         "memory_1000_by_100": rows[1]["peak_mib"] / rows[0]["peak_mib"],
         "memory_10000_by_100": rows[2]["peak_mib"] / rows[0]["peak_mib"],
-        "by_devices_trained": linear,
     }
+
+
+def linear(data: Path, repeats: int) -> dict[str, Any]:
+    """Measure the seconds of a round by how many devices it trains."""
+    rows = []
+    for trained in (25, 50, 100, 200, 400):
+        settings = {**TINY, "data": str(data), "devices": 400, "sample": trained / 400}
+        made = side({**settings, "part-size": 20_000, "rounds": 3}, "inline")
+        seconds, cpu = (statistics.median(made[key][1:]) for key in ("rounds", "cpu_rounds"))
+        row = {"trained": trained, "ms_each": 1e3 * seconds / trained}
+        rows.append({**row, "cpu_ms_each": 1e3 * cpu / trained})
+    return {"by_devices_trained": rows}
+
+
+CASES = {"ray": ray, "pfl": pfl, "scale": scale, "linear": linear}
 
 
 def side(settings: dict[str, Any], engine: str) -> dict[str, Any]:
