@@ -1,6 +1,6 @@
 """What a simulation costs: against Flower's on Ray, against pfl, and by the number of devices.
 
-    python tests/bench/simulation.py [--case ray|pfl|scale|linear] [--data CIFAR-10.npz] [--repeats 3]
+    python tests/bench/simulation.py [--case ray|pfl|scale|linear] [--data X.npz]
 
 Every measurement is a process of its own, from its start to the end of its last round, and the
 sides take turns, so that other load falls on all alike. Seconds of CPU, which other load hardly
