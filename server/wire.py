@@ -43,6 +43,7 @@ def order_message(node: int, order: Order, arrays: dict[str, np.ndarray]) -> tup
 
 _ORDERS: list[tuple[Order, str]] = []
 _ARRAYS: list[tuple[np.ndarray, Array]] = []
+_REPLIES: list[tuple[Message, Reply]] = []
 
 
 def _json(order: Order) -> str:
@@ -55,23 +56,27 @@ def _array(values: np.ndarray) -> Array:
     return _remembered(_ARRAYS, values, lambda: Array(values))
 
 
-def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V]) -> V:
+def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V], most: int = 3) -> V:
     """Return what was last made of this very object."""
     for object_, made in known:
         if object_ is key:
             return made
-    known[:] = [(key, make()), *known[:2]]
+    known[:] = [(key, make()), *known[: most - 1]]
     return known[0][1]
 
 
 def read_reply(message: Message) -> Reply:
-    """Read a device's answer.
+    """Read a device's answer; who asks again at once gets the same.
 
     Raises
     ------
     UpdateError
         If the node failed, or its answer is malformed.
     """
+    return _remembered(_REPLIES, message, lambda: _read_reply(message), most=1)
+
+
+def _read_reply(message: Message) -> Reply:
     if message.has_error():
         last = str(message.error.reason).strip().splitlines() or ["no reason given"]
         raise UpdateError(f"node failed: {last[-1][:200]}")

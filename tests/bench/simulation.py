@@ -1,6 +1,6 @@
 """What a simulation costs: against Flower's on Ray, against pfl, and by the number of devices.
 
-    python tests/bench/simulation.py [--case ray|pfl|scale] [--data CIFAR-10.npz] [--repeats 3]
+    python tests/bench/simulation.py [--case ray|pfl|scale|linear] [--data X.npz]
 
 Every measurement is a process of its own, from its start to the end of its last round, and the
 sides take turns, so that other load falls on all alike. Seconds of CPU, which other load hardly
@@ -12,12 +12,14 @@ pfl: pfl's published CIFAR-10 set-up cut short: 1,000 clients x 50 images, cohor
   epoch, batch 10, plain SGD, float32 on the wire. pfl has a virtual environment of its own, made
   in runs/bench. It is measured with its published net and with the same net plus batch norm,
   which is what fallow trains.
-scale: memory from 100 to 10,000 devices, and seconds a round by the devices trained.
+scale: memory from 100 to 10,000 devices of which 50 train a round.
+linear: seconds a round by the devices trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -57,7 +59,7 @@ CIFAR = {
     "net": "nets:cnn2",
     "devices": 1000,
     "sample": 0.05,
-    "rounds": 4,
+    "rounds": 3,
     "prior-size": 200,
     "part-size": 51_000,
     "heldout": 0.02,  # leaves 50 of a client's 51
@@ -72,7 +74,7 @@ CIFAR = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=("ray", "pfl", "scale"), action="append")
+    parser.add_argument("--case", choices=tuple(CASES), action="append")
     parser.add_argument("--data", help="npz with x uint8 [N, 32, 32, 3] and y; default: random")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -83,8 +85,8 @@ def main() -> None:
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(options.data) if options.data else random_images(Path(folder))
-        for case in options.case or ("ray", "pfl", "scale"):
-            made = {"ray": ray, "pfl": pfl, "scale": scale}[case](data, options.repeats)
+        for case in options.case or CASES:
+            made = CASES[case](data, options.repeats)
             result = json.loads(RESULTS.read_text()) if RESULTS.exists() else result
             result[case] = {**made, "machine": machine(), "random_images": not options.data}
             RESULTS.write_text(json.dumps(result, indent=1) + "\n")
@@ -146,37 +148,50 @@ def pfl(data: Path, repeats: int) -> dict[str, Any]:
                     made = pfl_side(python, users, processes, threads, norm)
                     runs.setdefault(name, []).append(made)
     rates = {name: clients_per_second(made) for name, made in runs.items()}
-    ours = max(v["per_second"] for k, v in rates.items() if k.startswith("fallow"))
+
+    def best(side: str, key: str) -> float:
+        return max(rate[key] for name, rate in rates.items() if name.startswith(side))
+
     return {
         "clients": rates,
-        "ours_by_best_pfl_with_batch_norm": ours
-        / max(v["per_second"] for k, v in rates.items() if k.startswith("pfl, batch")),
-        "ours_by_best_pfl": ours
-        / max(v["per_second"] for k, v in rates.items() if k.startswith("pfl")),
+        **{
+            f"ours_by_best_{side.replace(', ', '_').replace(' ', '_')}_{key}": best("fallow", key)
+            / best(side, key)
+            for side in ("pfl, batch norm", "pfl")
+            for key in ("per_second", "per_cpu_second")
+        },
         "versions": list(PFL),
     }
 
 
 def scale(data: Path, repeats: int) -> dict[str, Any]:
-    """Measure memory and time by the number of devices."""
+    """Measure memory by the number of devices, of which 50 train a round."""
     rows = []
     for devices, sample in ((100, 0.5), (1000, 0.05), (10_000, 0.005)):
         settings = {**TINY, "data": str(data), "devices": devices, "sample": sample}
         settings["part-size"] = 50_000
         made = side({**settings, "average": 1, "rounds": 6}, "inline")
         rows.append({"devices": devices, "trained_a_round": round(devices * sample), **made})
-    linear = []
-    for trained in (25, 50, 100, 200, 400):
-        settings = {**TINY, "data": str(data), "devices": 400, "sample": trained / 400}
-        made = side({**settings, "part-size": 20_000, "rounds": 4}, "inline")
-        seconds = statistics.median(made["rounds"][1:])
-        linear.append({"trained": trained, "seconds": seconds, "ms_each": 1e3 * seconds / trained})
     return {
         "population": rows,
         "memory_1000_by_100": rows[1]["peak_mib"] / rows[0]["peak_mib"],
         "memory_10000_by_100": rows[2]["peak_mib"] / rows[0]["peak_mib"],
-        "by_devices_trained": linear,
     }
+
+
+def linear(data: Path, repeats: int) -> dict[str, Any]:
+    """Measure the seconds of a round by how many devices it trains."""
+    rows = []
+    for trained in (25, 50, 100, 200, 400):
+        settings = {**TINY, "data": str(data), "devices": 400, "sample": trained / 400}
+        made = side({**settings, "part-size": 20_000, "rounds": 3}, "inline")
+        seconds, cpu = (statistics.median(made[key][1:]) for key in ("rounds", "cpu_rounds"))
+        row = {"trained": trained, "ms_each": 1e3 * seconds / trained}
+        rows.append({**row, "cpu_ms_each": 1e3 * cpu / trained})
+    return {"by_devices_trained": rows}
+
+
+CASES = {"ray": ray, "pfl": pfl, "scale": scale, "linear": linear}
 
 
 def side(settings: dict[str, Any], engine: str) -> dict[str, Any]:
@@ -201,8 +216,7 @@ def timed(command: list[str], **environment: str) -> dict[str, Any]:
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     said = json.loads(done.stdout.strip().splitlines()[-1])
-    made = said if isinstance(said, dict) else {"rounds": said}
-    return {"wall": wall, "cpu": cpu, **made}  # a side that knows better counts itself
+    return {"wall": wall, "cpu": cpu, **said}  # a side that knows better counts itself
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +240,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
 
     config = Config.parse(task["settings"])
     rounds: list[dict[str, Any]] = []
-    peak, spent = [0.0], [0.0]
+    peak, spent = [0.0], [0.0]  # seconds of CPU until the rounds began, and after each
 
     def play(grid: Any) -> None:
         world = open_world(config)
@@ -235,8 +249,9 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         def after(_: Any, __: Any, record: dict[str, Any]) -> None:
             rounds.append(record)
             peak[0] = max(peak[0], memory())
-            spent[0] = cpu_seconds()
+            spent.append(cpu_seconds())
 
+        spent[0] = cpu_seconds()
         play_rounds(grid, world.plan, state, Fleet(grid), NullProgress(), after)
 
     with tempfile.TemporaryDirectory() as cache:
@@ -251,7 +266,8 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         "loss": rounds[-1]["train_loss"],
         "until_first_round": time.monotonic() - BEGAN - sum(r["seconds"] for r in rounds),
         "peak_mib": peak[0],
-        "cpu": spent[0],
+        "cpu": spent[-1],
+        "cpu_rounds": [b - a for a, b in itertools.pairwise(spent)],
     }
 
 
@@ -328,16 +344,18 @@ def pfl_side(python: Path, users: Path, processes: int, threads: int, norm: int)
     if processes > 1:
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [str(python), *run, *arguments]
-    return timed(command, OMP_NUM_THREADS=str(threads))
+    made = timed(command, OMP_NUM_THREADS=str(threads))
+    return {**made, "cpu_rounds": [processes * seconds for seconds in made["cpu_rounds"]]}
 
 
 def clients_per_second(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Return clients trained by second of the clock; the first round warms up."""
     rates = [50 / statistics.median(run["rounds"][1:]) for run in runs]
-    cpu = [50 * len(run["rounds"]) / run["cpu"] for run in runs]
+    cpu = [50 / statistics.median(run["cpu_rounds"][1:]) for run in runs]
     return {
         "per_second": statistics.median(rates),
-        "per_cpu_second_start_included": statistics.median(cpu),
+        "per_cpu_second": statistics.median(cpu),
+        "round_seconds": [run["rounds"] for run in runs],
     }
 
 
