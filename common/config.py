@@ -344,6 +344,7 @@ class Config(BaseModel):
             "device-rotations 0": not self.device_rotations,
             "ewc-weight 0": not self.ewc_weight,
             "kept-lr 0": not self.kept_lr,
+            "perturb-keep 1": self.perturb_keep == 1 and not self.perturb_noise,
             "replay 'none'": self.replay == "none",
             "no scope-schedule": not self.scope_schedule,
             "no distillation at the server": not self.distils,

@@ -106,6 +106,11 @@ class Layout:
         empty = [np.zeros(0, np.int64)]
         return np.concatenate(means or empty), np.concatenate(variances or empty)
 
+    def without_statistics(self) -> Layout:
+        """Return the same without BN means and variances: those stay as they are."""
+        learnt = (entry for entry in self.entries if entry.kind not in ("mean", "var"))
+        return Layout(self.scope, tuple(learnt))
+
     def pack(self, state: Mapping[str, torch.Tensor]) -> np.ndarray:
         """Return the trainable entries of `state` as float32 [size]."""
         if not self.entries:

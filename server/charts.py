@@ -151,9 +151,13 @@ def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
 
     The exchange that only measures what a phase came to belongs to that phase.
     """
+    keys: list[tuple[int, str, int]] = []
+    for record in rounds:
+        ends = record["phase"] == "anchor" and keys  # it follows whichever phase ends the step
+        keys.append(keys[-1] if ends else _segment_of(record))
     start = 0
-    for key, group in groupby(rounds, key=_segment_of):
-        records = list(group)
+    for key, group in groupby(zip(keys, rounds, strict=True), key=lambda pair: pair[0]):
+        records = [record for _, record in group]
         yield key, start, records
         start += len(records)
 

@@ -102,7 +102,9 @@ class ServerDistiller:
 
         key = (config.seed, state.step, state.attempt, state.round)
         rng = torch_rng("distill", *key)
-        train(student, layout, numbered, objective, recipe, rng, accelerator=self._accelerator)
+        # What a batch normalisation sees of the prior's images says nothing of the devices'.
+        trained = layout if self._images is not None else layout.without_statistics()
+        train(student, trained, numbered, objective, recipe, rng, accelerator=self._accelerator)
         self.seconds += time.monotonic() - began
         return layout.pack(read_state(student))
 

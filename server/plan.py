@@ -555,6 +555,8 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     )
     if more == "weigh" and state.peers > 1:
         return _best_peer(plan, following, outcome)
+    if scope_of(plan, following) == scope_of(plan, state):
+        return following
     return _repacked(plan, layout_of(plan, state), following)
 
 
@@ -568,10 +570,8 @@ def _best_peer(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
 
 
 def _repacked(plan: Plan, was: Layout, state: RunState) -> RunState:
-    """Return `state` with values in its own layout, of which `was` is the same or a part."""
+    """Return `state` with values in its own layout, of which `was` is a part."""
     layout = layout_of(plan, state)
-    if layout.digest == was.digest:
-        return state
 
     def pack(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else layout.pack(was.unpack(state.base, values))

@@ -116,10 +116,10 @@ def _shared(plan: Plan, before: RunState, after: RunState) -> RunState:
     if codec == "fp32" or after.values is None:
         return after if after.shared is None else replace(after, shared=None)
     layout = layout_of(plan, after)
-    base = layout.pack(after.base)
-    # another scope, or one net where there were peers: nobody holds values like these yet
-    same = before.shared is not None and layout.digest == layout_of(plan, before).digest
-    values, shared = share(after.values, base, before.shared if same else None, layout, codec)
+    base, last = layout.pack(after.base), before.shared
+    if last is not None and len(last.residue) != layout.size:
+        last = None  # a wider scope, or one net where there were peers: nobody holds these yet
+    values, shared = share(after.values, base, last, layout, codec)
     return replace(after, values=values, shared=shared)
 
 

@@ -23,11 +23,14 @@ from common.filters import (
     FilterGraph,
     FreeSet,
     Slot,
+    common_part,
     cut,
     freed_index,
     is_off,
     parameter_count,
+    portion,
     switch_off,
+    union,
 )
 from common.importance import bn_scale, choose, combine_ranks, sensitivity, taylor
 from common.nets import WIDTHS, build
@@ -455,6 +458,30 @@ def test_a_free_set_counts_its_groups() -> None:
     assert FreeSet({"conv1": ()}) == FreeSet({})
     assert FreeSet({}).empty
     assert not FreeSet({"conv1": (0,)}).empty
+
+
+@given(channels, channels, st.integers(1, 5))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_free_sets_are_joined_compared_and_dealt_out(
+    one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, ...]], parts: int
+) -> None:
+    first, second = FreeSet(one), FreeSet(two)
+    both = union(first, second)
+    shared = common_part(first, second)
+    assert both.count == first.count + second.count - shared.count
+    assert common_part(both, first) == first
+    assert union(shared, second) == second
+    left, dealt = first, []
+    for number in range(parts):
+        part, left = portion(left, parts - number)
+        dealt.append(part)
+    assert left.empty
+    assert union(*dealt) == first
+    assert sum(part.count for part in dealt) == first.count
+    for name, some in first.channels.items():
+        sizes = [len(part.channels.get(name, ())) for part in dealt]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == len(some)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"a": 3}', '{"a": [2, 1]}', '{"a": ["1"]}'])

@@ -391,6 +391,20 @@ def test_on_some_entries_it_equals_stock_sgd_on_those_alone(momentum: float, dec
     assert same_bytes(after[rest], before.flatten()[rest])
 
 
+def test_a_rate_scales_what_its_entry_moves_and_nothing_else() -> None:
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    index = np.array([0, 5, 6, 11])
+    layout = Layout("rows", (Entry("0.weight", (3, 4), "weight", index),))
+    before = net[0].weight.detach().flatten()[index].clone()
+    rates = {"0.weight": torch.tensor([1.0, 0.5, 0.0, 0.1])}
+    optimiser = PackedSGD(net, layout, lr=0.1, momentum=0.9, weight_decay=0.0, rates=rates)
+    for _ in range(2):
+        net[0].weight.grad = torch.ones(3, 4)
+        optimiser.step()
+    moved = net[0].weight.detach().flatten()[index] - before
+    torch.testing.assert_close(moved, -0.1 * (1 + 1.9) * rates["0.weight"])
+
+
 def test_scales_shifts_and_biases_do_not_decay() -> None:
     net, graph, free = regrown("concatenation")
     layout = scope_layout("all", graph, free, read_state(net))

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from common.errors import NetError, UpdateError
 from common.filters import FilterGraph, FreeSet, cut, freed_index
-from common.layout import Entry, Layout, consolidation_layout, dense_layout, scope_layout
+from common.layout import (
+    Entry,
+    Layout,
+    consolidation_layout,
+    dense_layout,
+    rates_of,
+    scope_layout,
+    without_scales,
+)
 from common.nets import build
 from common.state import State, read_state, state_digest, write_state
 
@@ -362,3 +370,40 @@ def test_the_layout_of_a_whole_model_carries_it_to_another_net(
     write_state(net, layout.unpack(zeros, layout.pack(state)))
     slim = cut(net, graph, FreeSet({"conv": (0,)}))
     assert slim(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+
+
+# ---------------------------------------------------------------- parts of a layout
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_off_loses_its_scales_and_nothing_else(
+    resnet: tuple[FilterGraph, State], scope: str
+) -> None:
+    graph, state = resnet
+    off = FreeSet({layer.name: (1,) for layer in graph.layers})
+    layout = scope_layout(scope, graph, some_free(graph), state)
+    before, after = named(layout), named(without_scales(layout, graph, off))
+    own = freed_index(graph, off).own
+    for entry in layout.entries:
+        gone = before[entry.tensor] - after[entry.tensor]
+        scale = entry.kind in ("scale", "shift")
+        assert gone == (set(own[entry.tensor]) & before[entry.tensor] if scale else set())
+
+
+def test_without_statistics_only_those_are_left_out(resnet: tuple[FilterGraph, State]) -> None:
+    graph, state = resnet
+    layout = dense_layout(graph, state)
+    kinds = {entry.kind for entry in layout.without_statistics().entries}
+    assert {entry.kind for entry in layout.entries} - kinds == {"mean", "var"}
+
+
+def test_rates_are_one_inside_and_the_factor_outside(resnet: tuple[FilterGraph, State]) -> None:
+    graph, state = resnet
+    inner = scope_layout("group", graph, some_free(graph), state)
+    layout = dense_layout(graph, state)
+    rates = rates_of(layout, inner, 0.25)
+    within = named(inner)
+    for entry in layout.entries:
+        expected = torch.full((entry.size,), 0.25)
+        expected[sorted(within.get(entry.tensor, set()))] = 1.0
+        assert torch.equal(rates[entry.tensor], expected)

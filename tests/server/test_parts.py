@@ -19,6 +19,8 @@ from common.layout import dense_layout, scope_layout
 from common.memory import assembled
 from common.peers import peer
 from common.state import State, state_digest, write_state
+from server import report
+from server.charts import _segments
 from server.checkpoint import Checkpoint, CheckpointFolder
 from server.plan import layout_of
 
@@ -239,3 +241,23 @@ def test_a_reserve_needs_a_prior_that_frees() -> None:
         Config.parse({"reserve": True})
     with pytest.raises(ConfigError, match=r"kept-lr is 0\.1 but scope 'all' leaves nothing"):
         Config.parse({"kept-lr": 0.1, "scope": "all"})
+
+
+# ---------------------------------------------------------------- in a report
+
+
+@pytest.mark.parametrize("freeing", ["always", "never"])
+def test_what_is_measured_after_a_step_is_drawn_with_its_last_phase(
+    tmp_path: Path, freeing: str
+) -> None:
+    changes = {"steps": 2, "rounds": 1, "freeing": freeing, "ewc_weight": 1.0}
+    done = session(tmp_path, 0.3 if freeing == "always" else 0.0, **changes).play()
+    phases = [r["phase"] for r in done.records]
+    assert phases.count("anchor") == 1
+    assert [
+        problem for record in done.records if (problem := report._problem(record, "round"))
+    ] == []
+    last = {"always": "consolidate", "never": "grow"}[freeing]
+    drawn = {key: [r["phase"] for r in records] for key, _, records in _segments(done.records)}
+    assert drawn[1, last, 0][-1] == "anchor"
+    assert sum(map(len, drawn.values())) == len(phases)
