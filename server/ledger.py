@@ -90,7 +90,7 @@ class Ledger:
         if known is None or known.step != step:
             return None
         for name, now, was in (
-            ("images", images, known.images),
+            ("training", images, known.images),
             ("held-out", heldout, known.heldout),
         ):
             if now > _JUMP * max(was, 1):
