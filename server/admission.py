@@ -167,27 +167,34 @@ class Admission:
     def outliers(
         self, lengths: Mapping[str, Lengths], reports: Mapping[str, Report]
     ) -> dict[str, str]:
-        """Return whose answers are out of all proportion to the round's, and why."""
+        """Return whose answers are out of all proportion to the round's, and why.
+
+        Who has more images takes more steps, and goes further: an update is too long only if it
+        is so for its images too, as noisy steps add up (by their root).
+        """
         if len(lengths) < _LEAST_COMPARED:
             return {}
         config = self._config
-        compared = (
-            ("images", config.count_limit, {n: float(r.images) for n, r in reports.items()}),
-            ("heldout", config.count_limit, {n: float(r.heldout) for n, r in reports.items()}),
-            ("the update's length", config.norm_limit, {n: v.weights for n, v in lengths.items()}),
-            (
-                "the length of its BN statistics",
-                config.norm_limit,
-                {n: v.statistics for n, v in lengths.items()},
-            ),
-        )
+        images = {name: float(report.images) for name, report in reports.items()}
+        heldout = {name: float(report.heldout) for name, report in reports.items()}
+        weights = {name: length.weights for name, length in lengths.items()}
+        statistics = {name: length.statistics for name, length in lengths.items()}
+        steps = {name: math.sqrt(count) for name, count in images.items()}
+        once = dict.fromkeys(images, 1.0)
         found: dict[str, str] = {}
-        for what, limit, values in compared:
+        for what, limit, values, allowed in (
+            ("images", config.count_limit, images, once),
+            ("heldout", config.count_limit, heldout, once),
+            ("the update's length", config.norm_limit, weights, steps),
+            ("the length of its BN statistics", config.norm_limit, statistics, steps),
+        ):
             median = float(np.median(list(values.values())))
+            scaled = {name: value / allowed[name] for name, value in values.items()}
+            usual = float(np.median(list(scaled.values())))
             if not limit or not median:
                 continue
             for name, value in values.items():
-                if value > limit * median:
+                if value > limit * median and scaled[name] > limit * usual:
                     found.setdefault(
                         name, f"{what} is above {limit:g} times the round's median {median:.3g}"
                     )

@@ -234,7 +234,7 @@ class Fleet:
         self.held[device] = [d for d in self.held.get(device, []) if d != digest]
 
 
-_MOST_LATE = 10_000
+_MOST_LATE = 1_000
 """Messages whose late replies are looked for: those of a device that is gone never come."""
 _STILL_THERE_SECONDS = 30.0
 """A real node needs a process's start to answer."""

@@ -191,7 +191,6 @@ class _Table:
         admission = Admission(self.plan, state, order, self.fleet.ledger)
         so_far = Tally(0, 0)  # what abandoned tries sent, refused and waited for counts too
         for attempt in range(config.repeats):
-            began = time.monotonic()
             try:
                 self._gather()
             except RoundError as error:
@@ -262,6 +261,7 @@ class _Table:
         tally.late = self._drop_late()
         first = [message(node, downlink.arrays(name)) for name, node in asked.items()]
         answered: set[str] = set()
+        closed = False
         replies = zip_replies(self.grid, first, config.round_timeout, resend, fleet.late)
         del first
         with closing(replies):
@@ -272,14 +272,14 @@ class _Table:
                 self._take(name, raw, admission, taken, tally, group)
                 if name in taken:
                     downlink.note(name)
-                if len(taken) >= wanted and len(answered) < len(asked):
+                closed = len(taken) >= wanted
+                if closed and len(answered) < len(asked):
                     break
         for name, (reason, update) in taken.refuse_outliers().items():
             self._refuse(name, reason, update, order, tally)
-        self._note_silent([name for name in asked if name not in answered], tally, taken)
+        self._note_silent([name for name in asked if name not in answered], tally, closed)
         for name in taken.reports:
             fleet.ledger.answered(name)
-            self.watcher.device(name, "used")
         fleet.ledger.exchanges += 1
         return tally
 
@@ -323,11 +323,11 @@ class _Table:
             self.keep.quarantine.put(where, name, reason, update)
         self._failed(name)
 
-    def _note_silent(self, silent: list[str], tally: Tally, taken: Taken) -> None:
-        """Count those who have not answered when the round closed."""
+    def _note_silent(self, silent: list[str], tally: Tally, closed: bool) -> None:
+        """Count those who have not answered when the round closed, or time was up."""
         if not silent:
             return
-        if len(taken) + len(tally.refused) >= tally.wanted:
+        if closed:
             tally.declined[_NOT_NEEDED] += len(silent)  # no fault of theirs
             return
         tally.declined["no answer in time"] += len(silent)
@@ -356,6 +356,7 @@ class _Table:
         for name, report in taken.reports.items():
             self.fleet.ledger.counted(name, state.step, report.images, report.heldout)
             self.fleet.ledger.of(name).last = taken.mark(name)
+            self.watcher.device(name, "used")
 
     def _aggregate(self, state: RunState, taken: Taken) -> tuple[Outcome, float]:
         """Return what the replies come to, and the mean training loss."""
