@@ -240,9 +240,10 @@ class _Table:
         least = config.quorum
         asked = fleet.sample(share_asked, *key, over=config.over_selection, least=least)
         names = {node: name for name, node in asked.items()}
-        wanted = math.ceil(len(asked) / config.over_selection - 1e-9)
+        wanted = math.floor(len(asked) / config.over_selection + 1e-9)
         tally = Tally(len(asked), wanted, rests=len(fleet.present()) - len(fleet.awake(least)))
         resent: set[int] = set()
+        most = admission.most_bytes
         group = group_of(order, attempt)
 
         def message(node: int, arrays: dict[str, np.ndarray]) -> Message:
@@ -251,7 +252,7 @@ class _Table:
             return made
 
         def resend(node: int, reply: Message) -> Message | None:
-            what = None if node in resent or reply.has_error() else _lacking(reply)
+            what = None if node in resent or reply.has_error() else _lacking(reply, most)
             if what is None:
                 return None
             resent.add(node)
@@ -407,10 +408,10 @@ class _Table:
         return mean.result()
 
 
-def _lacking(message: Message) -> str | None:
+def _lacking(message: Message, most: int) -> str | None:
     """Return what a device says it lacks."""
     try:
-        declined = read_reply(message).report.declined
+        declined = read_reply(message, most).report.declined
     except UpdateError:
         return None
     return declined if declined in (NEEDS_BASE, NEEDS_VALUES) else None
