@@ -271,6 +271,31 @@ class Config(BaseModel):
     node_timeout: Positive = Field(120.0, description="seconds to wait for min-devices")
     round_timeout: Positive = Field(1800.0, description="seconds a round may take")
     repeats: Count = Field(3, description="tries at a round before the run is given up")
+    over_selection: Annotated[float, Field(ge=1, le=10)] = Field(
+        1.0,
+        description="devices asked for each answer that is wanted; with that many answers a round "
+        "closes (above 1, who is used hangs on who is first)",
+    )
+    rest_after: Whole = Field(
+        3, description="failures in a row after which a device rests; 0 = it never does"
+    )
+    rest_rounds: Count = Field(3, description="rounds that it rests")
+
+    # which updates are used
+    mean: Literal["weighted", "trimmed", "median", "krum"] = Field(
+        "weighted",
+        description="of the updates: by images, or one that some faulty ones cannot move",
+    )
+    faulty_share: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.3, description="share of the updates that 'trimmed' and 'krum' expect to be faulty"
+    )
+    norm_limit: NotNegative = Field(
+        10.0, description="medians of a round that an update may be long; 0 = no limit"
+    )
+    count_limit: NotNegative = Field(
+        1000.0, description="medians of a round that a device's images may be; 0 = no limit"
+    )
+    quarantine: Whole = Field(64, description="MiB of refused updates that are kept; 0 = none")
 
     # the wire
     codec_up: Codec = Field(
@@ -298,6 +323,18 @@ class Config(BaseModel):
     distill_epochs: Count = Field(1, description="epochs of the server's distillation a round")
     distill_lr: Positive = Field(0.005, description="its learning rate")
     calibration: str = Field("", description="images that calibrate int8; empty = the proxy's")
+
+    # the operator's view
+    checkpoint_store: str = Field(
+        "", description="folder or fsspec URL of the checkpoints; empty = in the run's folder"
+    )
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="port of the Prometheus metrics; 0 = none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address that they are served on")
+    log: Literal["off", "text", "json"] = Field(
+        "off", description="log on standard error, a line an event"
+    )
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -418,12 +455,27 @@ class Config(BaseModel):
         workers, time limits or tries. Nor does a setting that came later and has its default:
         what was run before it was there stays the same run.
         """
-        defaults = {name for name in _LATER if getattr(self, name) == _default(name)}
-        dumped = self.model_dump(exclude=NOT_THE_RESULT | defaults)
+        dumped = self.model_dump(exclude=NOT_THE_RESULT)
+        for name in LATER:
+            if dumped[name] == type(self).model_fields[name].default:
+                del dumped[name]
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
 
-_LATER = (
+NOT_THE_RESULT = {
+    "workers",
+    "node_timeout",
+    "round_timeout",
+    "repeats",
+    "accelerator",
+    "quarantine",
+    "checkpoint_store",
+    "metrics_port",
+    "metrics_host",
+    "log",
+}
+
+LATER = (
     "validate_share",
     "free_from",
     "reserve",
@@ -438,14 +490,16 @@ _LATER = (
     "replay_weight",
     "synthetic_images",
     "synthetic_steps",
+    "over_selection",
+    "rest_after",
+    "rest_rounds",
+    "mean",
+    "faulty_share",
+    "norm_limit",
+    "count_limit",
 )
-
-
-def _default(name: str) -> Any:
-    return Config.model_fields[name].default
-
-
-NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}
+"""Settings that came later: at their default they do not change the digest, which draws depend on,
+so that a run ends in the bytes that it always ended in."""
 
 
 def _explain(problem: Any) -> str:

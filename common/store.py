@@ -51,7 +51,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         If the disk is full or refuses; what `path` held before is untouched.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -67,6 +67,14 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that is still there after a power cut: its parents know of it."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync_folder(made.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -87,7 +95,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     value : dict
         JSON data without a key ``sha256``.
     """
-    write_bytes(path, json.dumps(_seal(value), indent=1).encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Return what `write_json` writes."""
+    return json.dumps(_seal(value), indent=1).encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,16 +111,32 @@ def read_json(path: Path) -> dict[str, Any]:
     StoreError
         If it is absent, torn or altered.
     """
-    return _unseal(path, _read_bytes(path))
+    return json_of(path, _read_bytes(path))
+
+
+def json_of(source: Path | str, data: bytes) -> dict[str, Any]:
+    """Return the value that `json_bytes` made `data` of.
+
+    Raises
+    ------
+    StoreError
+        If it is torn or altered; `source` is named in it.
+    """
+    return _unseal(source, data)
 
 
 def write_state_file(
     path: Path, state: Mapping[str, torch.Tensor], durable: bool = True, /, **meta: str
 ) -> None:
     """Write a model state as safetensors, with `meta` and its digest in the header."""
+    write_bytes(path, state_bytes(state, **meta), durable=durable)
+
+
+def state_bytes(state: Mapping[str, torch.Tensor], **meta: str) -> bytes:
+    """Return what `write_state_file` writes."""
     # One key, since safetensors writes several in random order: equal models, equal files.
     header = json.dumps(_seal({**meta, "digest": state_digest(state)}), sort_keys=True)
-    write_bytes(path, save(dict(state), metadata={_HEADER: header}), durable=durable)
+    return save(dict(state), metadata={_HEADER: header})
 
 
 def read_state_file(path: Path) -> State:
@@ -126,16 +155,20 @@ def read_state_and_header(path: Path) -> tuple[State, dict[str, str]]:
     StoreError
         If it is absent, torn or altered.
     """
-    data = _read_bytes(path)
+    return state_and_header_of(path, _read_bytes(path))
+
+
+def state_and_header_of(source: Path | str, data: bytes) -> tuple[State, dict[str, str]]:
+    """Read the bytes of such a file (see `read_state_and_header`)."""
     try:
         state = load(data)
     except SafetensorError as error:
-        raise StoreError(f"{path} is no readable safetensors file: {error}") from None
+        raise StoreError(f"{source} is no readable safetensors file: {error}") from None
     raw = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     sealed = raw.get("__metadata__", {}).get(_HEADER)
-    header = {} if sealed is None else _unseal(path, sealed)
+    header = {} if sealed is None else _unseal(source, sealed)
     if header and header["digest"] != state_digest(state):
-        raise StoreError(f"{path} was altered: its digest does not match")
+        raise StoreError(f"{source} was altered: its digest does not match")
     return state, header
 
 
@@ -154,7 +187,7 @@ def _seal(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**value, "sha256": hashlib.sha256(body.encode()).hexdigest()}
 
 
-def _unseal(path: Path, text: str | bytes) -> dict[str, Any]:
+def _unseal(path: Path | str, text: str | bytes) -> dict[str, Any]:
     """Return what `_seal` was given, from the JSON of its result."""
     try:
         sealed = dict(json.loads(text))

@@ -1,12 +1,14 @@
 """The state of a run on disk: written after every round, read by --resume.
 
 ``checkpoints/state-NNNNNN.json`` refers to tensors by digest in ``checkpoints/tensors``. Two
-states are kept, so that a newest one that is torn costs a round and not the run.
+states are kept, so that a newest one that is torn costs a round and not the run. Where they are is
+`server.files`' business.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from common.gate import Moments
 from common.memory import Memory, moments_as_state, moments_from_state
 from common.order import as_channels, as_free_set
 from common.sparsify import Attempt
-from common.state import State
-from common.store import BundleStore, read_json, write_json
+from common.state import State, state_digest
+from common.store import json_bytes, json_of, state_and_header_of, state_bytes
 from common.update import Moved
+from server.files import Files, open_files
 from server.plan import Carried, RunState, StepOutcome
 from server.shared import Shared
 
@@ -45,12 +48,15 @@ class Checkpoint:
         What the summary will say of the prior and of finished steps.
     rounds : int
         Lines of rounds.jsonl that belong to it.
+    ledger : dict
+        What else is remembered of the devices (see `server.ledger`).
     """
 
     state: RunState
     held: dict[str, list[str]] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
     rounds: int = 0
+    ledger: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointFolder:
@@ -58,16 +64,25 @@ class CheckpointFolder:
 
     Parameters
     ----------
-    folder : Path
-        Of the checkpoints.
+    place : Path or str
+        Folder or fsspec URL of the checkpoints.
     config : Config
         Settings of the run; a checkpoint of others is refused.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self._folder = folder
+    def __init__(self, place: Path | str, config: Config) -> None:
+        self._files: Files = open_files(place)
         self._config = config
-        self._tensors = BundleStore(folder / "tensors")
+
+    def owned(self) -> AbstractContextManager[None]:
+        """Keep other servers out while the context lasts.
+
+        Raises
+        ------
+        StoreError
+            If one is there.
+        """
+        return self._files.owned()
 
     def exists(self) -> bool:
         """Return whether there is any checkpoint."""
@@ -82,25 +97,27 @@ class CheckpointFolder:
             If the disk is full; the checkpoints that were there still are.
         """
         known = self._states()
-        number = int(known[-1].stem.split("-")[1]) + 1 if known else 0
-        path = self._folder / f"state-{number:06d}.json"
-        write_json(
-            path,
-            {
-                "format": _FORMAT,
-                "config": self._config.digest,
-                "settings": self._config.flat(),
-                "state": self._encode(checkpoint.state),
-                "held": checkpoint.held,
-                "records": checkpoint.records,
-                "rounds": checkpoint.rounds,
-            },
-        )
-        kept = [*known, path][-_KEEP:]
+        number = int(known[-1].split("-")[1].split(".")[0]) + 1 if known else 0
+        name = f"state-{number:06d}.json"
+        value = {
+            "format": _FORMAT,
+            "config": self._config.digest,
+            "settings": self._config.flat(),
+            "state": self._encode(checkpoint.state),
+            "held": checkpoint.held,
+            "records": checkpoint.records,
+            "rounds": checkpoint.rounds,
+            "ledger": checkpoint.ledger,
+        }
+        self._files.write(name, json_bytes(value))
+        kept = [*known, name][-_KEEP:]
         for old in known:
             if old not in kept:
-                old.unlink()
-        self._tensors.retain({d for p in kept for d in _digests(p)})
+                self._files.remove(old)
+        used = {self._tensor_name(d) for k in kept for d in self._digests(k)}
+        for tensor in self._files.names("tensors"):
+            if tensor not in used:
+                self._files.remove(tensor)
 
     def read(self) -> Checkpoint:
         """Return the newest checkpoint that is whole.
@@ -111,24 +128,29 @@ class CheckpointFolder:
             If there is none, or it is of a run with other settings.
         """
         problems = []
-        for path in reversed(self._states()):
+        for name in reversed(self._states()):
+            path = f"{self._files.where}/{name}"
             try:
-                value = read_json(path)
+                value = json_of(path, self._files.read(name))
                 self._check(path, value)
                 return Checkpoint(
-                    self._decode(value["state"]), value["held"], value["records"], value["rounds"]
+                    self._decode(value["state"]),
+                    value["held"],
+                    value["records"],
+                    value["rounds"],
+                    value.get("ledger", {}),  # absent in a run that an earlier version began
                 )
             except _ForeignError:
                 raise
             except StoreError as error:
                 problems.append(str(error))
         detail = f": {problems[0]}" if problems else ""
-        raise StoreError(f"no usable checkpoint in {self._folder}{detail}")
+        raise StoreError(f"no usable checkpoint in {self._files.where}{detail}")
 
-    def _states(self) -> list[Path]:
-        return sorted(self._folder.glob("state-*.json"))
+    def _states(self) -> list[str]:
+        return [n for n in self._files.names("") if n.startswith("state-") and n.endswith(".json")]
 
-    def _check(self, path: Path, value: dict[str, Any]) -> None:
+    def _check(self, path: str, value: dict[str, Any]) -> None:
         if value.get("format") != _FORMAT:
             raise _ForeignError(
                 f"{path} has format {value.get('format')}, this version reads {_FORMAT}: finish "
@@ -148,7 +170,7 @@ class CheckpointFolder:
 
     def _encode(self, state: RunState) -> dict[str, Any]:
         packed = {
-            name: self._put(array, name)
+            name: self._put_array(array, name)
             for name, array in (("values", state.values), ("tail", state.tail))
         }
         scores = state.scores
@@ -159,22 +181,22 @@ class CheckpointFolder:
             "round": state.round,
             "share": state.share,
             "kd_weight": state.kd_weight,
-            "prior": self._tensors.put(state.prior),
-            "base": self._tensors.put(state.base),
+            "prior": self._put(state.prior),
+            "base": self._put(state.base),
             **packed,
-            "shared": None if state.shared is None else self._tensors.put(_bundle(state.shared)),
+            "shared": None if state.shared is None else self._put(_bundle(state.shared)),
             "since": None if state.shared is None else state.shared.since,
-            "memory": None if state.memory is None else self._tensors.put(state.memory.as_state()),
+            "memory": None if state.memory is None else self._put(state.memory.as_state()),
             "way": state.way,
             "world": state.world,
-            "seen": None if state.seen is None else self._tensors.put(moments_as_state(state.seen)),
+            "seen": None if state.seen is None else self._put(moments_as_state(state.seen)),
             "known": list(state.carried.known),
             "spare": as_channels(state.carried.spare),
             "learnt": state.carried.learnt,
             "peers": state.peers,
             "best": state.best,
-            "anchor": self._put(state.carried.anchor, "anchor"),
-            "synthetic": self._put(state.synthetic, "synthetic"),
+            "anchor": self._put_array(state.carried.anchor, "anchor"),
+            "synthetic": self._put_array(state.synthetic, "synthetic"),
             "source": state.source,
             "free": as_channels(state.free),
             "next_free": as_channels(state.next_free),
@@ -230,8 +252,8 @@ class CheckpointFolder:
             stopped=value["stopped"],
         )
 
-    def _put(self, array: np.ndarray | None, name: str) -> str | None:
-        return None if array is None else self._tensors.put({name: torch.from_numpy(array)})
+    def _put_array(self, array: np.ndarray | None, name: str) -> str | None:
+        return None if array is None else self._put({name: torch.from_numpy(array)})
 
     def _array(self, state: dict[str, Any], name: str) -> np.ndarray | None:
         digest = state.get(name)
@@ -250,27 +272,45 @@ class CheckpointFolder:
     def _seen(self, digest: str | None) -> Moments | None:
         return None if digest is None else moments_from_state(self._tensor(digest))
 
+    def _put(self, state: State) -> str:
+        """Keep tensors that are not here yet; return their digest."""
+        digest = state_digest(state)
+        name = self._tensor_name(digest)
+        if name not in self._files.names("tensors"):
+            self._files.write(name, state_bytes(state))
+        return digest
+
     def _tensor(self, digest: str) -> State:
+        name = self._tensor_name(digest)
+        path = f"{self._files.where}/{name}"
         try:
-            return self._tensors.get(digest)
+            state, header = state_and_header_of(path, self._files.read(name))
+            if header.get("digest") != digest:
+                raise StoreError(f"{path} was altered: it is not the state of that digest")
         except StoreError:
             # The round that is played again makes the same tensors, which are written only
             # if no file has their name.
-            self._tensors.path(digest).unlink(missing_ok=True)
+            self._files.remove(name)
             raise
+        return state
+
+    @staticmethod
+    def _tensor_name(digest: str) -> str:
+        return f"tensors/{digest}.safetensors"
+
+    def _digests(self, name: str) -> set[str]:
+        """Return the tensors that a state refers to; of one that is torn, none."""
+        try:
+            state = json_of(name, self._files.read(name))["state"]
+        except StoreError:
+            return set()
+        names = ("prior", "base", "values", "shared", "tail", "memory", "seen")
+        named = {state.get(name) for name in (*names, "anchor", "synthetic")}
+        return {digest for digest in named if digest}
 
 
 class _ForeignError(StoreError):
     """A whole checkpoint of another run or version: an older one would be no better."""
-
-
-def _digests(path: Path) -> set[str]:
-    try:
-        state = read_json(path)["state"]
-    except StoreError:
-        return set()
-    names = ("prior", "base", "values", "shared", "tail", "memory", "seen", "anchor", "synthetic")
-    return {state[name] for name in names if state.get(name)}
 
 
 def _bundle(shared: Shared) -> State:

@@ -22,6 +22,7 @@ from common.seeds import torch_rng
 from common.state import State, read_state, write_state
 from common.train import Labelled, Recipe, predict, train
 from server.plan import Plan, RunState, layout_of
+from server.taken import Updates
 from server.world import World
 
 
@@ -56,7 +57,7 @@ class ServerDistiller:
         self.seconds = 0.0
 
     def __call__(
-        self, plan: Plan, state: RunState, mean: np.ndarray, updates: list[np.ndarray]
+        self, plan: Plan, state: RunState, mean: np.ndarray, updates: Updates
     ) -> np.ndarray:
         """Return the packed values of the distilled mean.
 
@@ -66,7 +67,7 @@ class ServerDistiller:
             The phase that the round belongs to.
         mean : float32 array
             Aggregated packed values.
-        updates : list of float32 arrays
+        updates : iterable of float32 arrays
             The devices' own.
         """
         began = time.monotonic()

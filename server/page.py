@@ -260,6 +260,18 @@ summary { cursor: pointer; color: var(--muted); }
 <dt>asked, used</dt><dd>Counted over all rounds and attempts: a device asked in ten rounds counts ten times.</dd>
 <dt>look, weigh, judge</dt><dd>Exchanges in which devices train nothing: they measure the grown model and which of its filters matter, and then what freeing cost.</dd>
 </dl>
+{% set admission = run.admission | default({"late": 0, "abandoned": 0, "refused": [], "mean": "weighted"}) %}
+<p>Updates were averaged by the {{ {"weighted": "mean weighted by images", "trimmed": "trimmed mean", "median": "median", "krum": "mean of the nearest (Multi-Krum)"}[admission.mean] }}. Tries at rounds that were abandoned: {{ admission.abandoned }}. Answers that came after their round was over: {{ admission.late }}.</p>
+{% if admission.refused %}
+<h3>Refused updates</h3>
+<div class="scroll"><table>
+<thead><tr><th class="left">device</th><th>times</th><th class="left">why</th></tr></thead>
+<tbody>
+{% for row in admission.refused %}
+<tr><td class="left">{{ row.device }}</td><td>{{ row.count }}</td><td class="left wrap">{{ row.reason }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 <details><summary>All {{ rounds | length }} rounds</summary>
 <div class="scroll"><table>
 <thead><tr><th>phase</th><th>attempt</th><th>round</th><th>used</th><th>held-out accuracy</th><th>train loss</th><th>agreement</th><th>λ</th><th>scale</th><th>scope</th><th>up</th><th>down</th><th>time</th></tr></thead>

@@ -966,6 +966,14 @@ def statistics_size(plan: Plan, state: RunState) -> int:
     return sums_size(plan.spec.classes, _feature_size(plan, state))
 
 
+def statistics_features(plan: Plan, state: RunState) -> int:
+    """Return of how many features these are."""
+    assert state.memory is not None
+    if state.phase == "look" and state.round == 0:
+        return len(state.memory.worlds[0].total)
+    return _feature_size(plan, state)
+
+
 def _feature_size(plan: Plan, state: RunState) -> int:
     trunk, shape = _trunk(plan, state), plan.spec.input_shape
     return feature_size(trunk, plan.graph.head, shape, plan.config.statistics_features)

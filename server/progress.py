@@ -58,6 +58,12 @@ class Progress:
     def device_done(self, done: int, asked: int) -> None:
         """Tell how many of the devices asked in this round have answered."""
 
+    def device(self, name: str, event: str, reason: str | None = None) -> None:
+        """Tell what became of one device in a round (see `server.rounds.Watcher`)."""
+
+    def abandoned(self, reason: str) -> None:
+        """Tell that a try at a round came to nothing."""
+
     def round_done(self, record: dict[str, Any]) -> None:
         """End a round with its record, a line of ``rounds.jsonl``."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -233,6 +233,13 @@ class Results:
             "bwt": _defined(metrics.bwt(matrix)) if whole else None,
             "forgetting": _defined(metrics.forgetting(matrix)) if whole else None,
             "seconds": seconds,
+            "admission": {
+                "mean": config.mean,
+                "used": sum(r["devices_used"] for r in rounds),
+                "late": sum(r.get("late", 0) for r in rounds),
+                "abandoned": sum(r.get("tries", 1) - 1 for r in rounds),
+                "refused": _refused(rounds),
+            },
         }
 
     def _step_summary(self, number: int, record: Record, rounds: list[Record]) -> Record:
@@ -318,6 +325,14 @@ _WAYS = {
     "classes": "new classes: learnt by class statistics of the kept filters' features",
 }
 _VERSIONS = ("fallow", "torch", "flwr", "onnx", "onnxruntime", "numpy")
+
+
+def _refused(rounds: list[Record]) -> list[Record]:
+    counts = Counter((u["device"], u["reason"]) for r in rounds for u in r.get("refused", ()))
+    return [
+        {"device": device, "reason": reason, "count": count}
+        for (device, reason), count in counts.most_common(100)
+    ]
 
 
 def _defined(value: float) -> float | None:

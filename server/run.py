@@ -3,19 +3,17 @@
 Everything of a run is in one folder::
 
     OUT/rounds.jsonl                 a line a round
-    OUT/checkpoints/                 what --resume goes on from
+    OUT/checkpoints/                 what --resume goes on from (or checkpoint-store)
+    OUT/quarantine/                  refused updates with their reasons, the latest
     OUT/models/step-N/               model.safetensors, free.json, model.onnx, model.int8.onnx
     OUT/summary.json, report.html    what came out
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +21,23 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from common.config import Config
-from common.errors import ConfigError, FallowError, NetError, StoreError
+from common.errors import ConfigError, FallowError, NetError
 from common.store import disk_errors, write_bytes
 from server.begin import first_state
 from server.checkpoint import Checkpoint, CheckpointFolder
 from server.distill import distiller_of
+from server.files import locked
 from server.fleet import Fleet
+from server.ledger import Ledger
+from server.listeners import listening
 from server.plan import RunState, current_model, rounds_left
 from server.prior import Prior, bring_prior, shortened, train_prior
 from server.progress import Progress
 from server.publish import publish
+from server.quarantine import Quarantine
 from server.report import write_report, write_summary
 from server.results import Results
-from server.rounds import play_rounds
+from server.rounds import Keep, play_rounds
 from server.synthetic import ImageMaker
 from server.world import open_world
 
@@ -55,26 +57,10 @@ class RunFolder:
         """Return where a step publishes its model; step 0 is the prior."""
         return self.out / "models" / f"step-{step}"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second run out of the folder.
-
-        Raises
-        ------
-        StoreError
-            If another process runs in it.
-        """
-        with disk_errors(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(f"another run works in {self.out}: choose another --out") from None
-            yield
-        finally:
-            os.close(handle)
+    @property
+    def quarantine(self) -> Path:
+        """Refused updates."""
+        return self.out / "quarantine"
 
 
 def conduct(
@@ -117,8 +103,9 @@ def conduct(
         See `common.errors`; whatever was done before is kept and can be resumed.
     """
     folder = RunFolder(out)
-    with folder.locked():
-        return _Conductor(grid, config, folder, engine, progress, command).run(resume)
+    checkpoints = CheckpointFolder(config.checkpoint_store or out / "checkpoints", config)
+    with locked(out), checkpoints.owned(), listening(config, progress) as told:
+        return _Conductor(grid, config, folder, checkpoints, engine, told, command).run(resume)
 
 
 class _Conductor:
@@ -129,13 +116,14 @@ class _Conductor:
         grid: Grid,
         config: Config,
         folder: RunFolder,
+        checkpoints: CheckpointFolder,
         engine: str,
         progress: Progress,
         command: str | None,
     ) -> None:
         self._grid, self._config, self._folder = grid, config, folder
         self._engine, self._progress, self._command = engine, progress, command
-        self._checkpoints = CheckpointFolder(folder.out / "checkpoints", config)
+        self._checkpoints = checkpoints
         self._lines = 0
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -210,7 +198,9 @@ class _Conductor:
         state = checkpoint.state
         self._trim_rounds(checkpoint.rounds)
         self._progress.plan(checkpoint.rounds + rounds_left(plan, state), done=checkpoint.rounds)
-        fleet = Fleet(self._grid, checkpoint.held)
+        fleet = Fleet(self._grid, checkpoint.held, Ledger(checkpoint.ledger))
+        quarantine = Quarantine(self._folder.quarantine, self._config.quarantine * 2**20)
+        keep = Keep(self._folder.out, quarantine)
         distiller = distiller_of(self._world)
 
         def after_round(before: RunState, after: RunState, record: dict[str, Any]) -> None:
@@ -221,7 +211,13 @@ class _Conductor:
             self._progress.round_done(record)
             self._note_changes(before, after)
             self._checkpoints.write(
-                Checkpoint(after, fleet.held, self._results.records, self._lines)
+                Checkpoint(
+                    after,
+                    fleet.held,
+                    self._results.records,
+                    self._lines,
+                    fleet.ledger.as_json(),
+                )
             )
             if (after.step, after.phase, after.attempt) != (
                 before.step,
@@ -242,6 +238,7 @@ class _Conductor:
             after_round,
             distiller,
             ImageMaker(self._world.accelerator),
+            keep,
         )
         if state.stopped is not None:
             raise NetError(state.stopped)

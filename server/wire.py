@@ -17,6 +17,10 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+class NodeError(UpdateError):
+    """A node failed: there is no answer to look at."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reply:
     """A device's answer: its report, its update if any as it came, and its size in bytes."""
@@ -31,12 +35,14 @@ def hello_message(node: int) -> Message:
     return Message(RecordDict(), dst_node_id=node, message_type="query", group_id="hello")
 
 
-def order_message(node: int, order: Order, arrays: dict[str, np.ndarray]) -> tuple[Message, int]:
-    """Return an order as a message, and its size in bytes."""
+def order_message(
+    node: int, order: Order, arrays: dict[str, np.ndarray], attempt: int = 0
+) -> tuple[Message, int]:
+    """Return an order as a message, and its size in bytes; `attempt` counts tries at the round."""
     content = RecordDict({"order": ConfigRecord({"json": _json(order)})})
     if arrays:
         content["arrays"] = ArrayRecord({name: _array(a) for name, a in arrays.items()})
-    group = f"{order.step}.{order.phase}.{order.attempt}.{order.round}"
+    group = group_of(order, attempt)
     message = Message(content, dst_node_id=node, message_type="train", group_id=group)
     return message, _size(content)
 
@@ -65,28 +71,52 @@ def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V], most: i
     return known[0][1]
 
 
-def read_reply(message: Message) -> Reply:
+def group_of(order: Order, attempt: int) -> str:
+    """Return what an order's messages are marked with; Flower copies it into their replies."""
+    again = f".again-{attempt}" if attempt else ""
+    return f"{order.step}.{order.phase}.{order.attempt}.{order.round}{again}"
+
+
+def read_reply(message: Message, most: int | None = None, group: str | None = None) -> Reply:
     """Read a device's answer; who asks again at once gets the same.
+
+    Parameters
+    ----------
+    message : Message
+        From anyone.
+    most : int, optional
+        Bytes that it may have; more is refused before anything is made of it.
+    group : str, optional
+        What the message that it answers was marked with.
 
     Raises
     ------
+    NodeError
+        If the node failed.
     UpdateError
-        If the node failed, or its answer is malformed.
+        If its answer is malformed, oversized, or to another message.
     """
-    return _remembered(_REPLIES, message, lambda: _read_reply(message), most=1)
-
-
-def _read_reply(message: Message) -> Reply:
     if message.has_error():
         last = str(message.error.reason).strip().splitlines() or ["no reason given"]
-        raise UpdateError(f"node failed: {last[-1][:200]}")
+        raise NodeError(f"node failed: {last[-1][:200]}")
+    size = _size(message.content)
+    if most is not None and size > most:
+        raise UpdateError(f"the reply has {size} bytes, at most {most} can be right")
+    if group is not None and message.metadata.group_id not in ("", group):
+        raise UpdateError(
+            f"the reply is to message {message.metadata.group_id!r:.80}, asked was {group}"
+        )
+    return _remembered(_REPLIES, message, lambda: _read_reply(message, size), most=1)
+
+
+def _read_reply(message: Message, size: int) -> Reply:
     try:
         text = str(message.content.config_records["report"]["json"])
     except KeyError:
         raise UpdateError("reply has no report") from None
     record: Any = message.content.array_records.get("arrays", {})
     update = read_array(record["update"].data, "the update") if "update" in record else None
-    return Reply(read_report(text), update, _size(message.content))
+    return Reply(read_report(text), update, size)
 
 
 def _size(content: RecordDict) -> int:

@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "wire.json"
 sys.path.insert(0, str(HERE.parent / "server"))
 
-from superlink import superlink_run  # noqa: E402 - beside the tests
+from superlink import superlink_run
 
 STEP = {
     "net": "resnet8",

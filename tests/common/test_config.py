@@ -12,7 +12,10 @@ from pydantic import ValidationError
 from common.config import Config
 from common.errors import ConfigError
 
-NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}
+NOT_THE_RESULT = {
+    *("workers", "node_timeout", "round_timeout", "repeats", "accelerator"),
+    *("quarantine", "checkpoint_store", "metrics_port", "metrics_host", "log"),
+}
 
 # Another good value for every setting whose type alone does not give one.
 OTHERS: dict[str, Any] = {
@@ -25,6 +28,7 @@ OTHERS: dict[str, Any] = {
     "shrink": 0.5,
     "sample": 0.5,
     "quorum": 0.75,
+    "faulty_share": 0.2,
     "max_drop": 0.01,
     "momentum": 0.8,
     "kd_floor": 0.1,

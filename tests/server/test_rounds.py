@@ -81,6 +81,8 @@ class Device:
 @dataclass
 class Watcher:
     texts: list[str] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    tries: list[str] = field(default_factory=list)
     done: list[tuple[int, int]] = field(default_factory=list)
 
     def device_done(self, done: int, asked: int) -> None:
@@ -88,6 +90,12 @@ class Watcher:
 
     def message(self, text: str) -> None:
         self.texts.append(text)
+
+    def device(self, name: str, event: str, reason: str | None = None) -> None:
+        self.events.append((name, event))
+
+    def abandoned(self, reason: str) -> None:
+        self.tries.append(reason)
 
 
 class Enough(Exception):  # noqa: N818 - no error: it ends a test's run
