@@ -241,6 +241,14 @@ class Config(BaseModel):
     )
     codec_down: Codec = Field("int8", description="how values travel to the devices: likewise")
 
+    # privacy
+    dp_clip: NotNegative = Field(
+        0.0, description="largest L2 norm of a device's update, which is scaled to it; 0 = any"
+    )
+    dp_noise: NotNegative = Field(
+        0.0, description="deviation of the noise on a device's update, in multiples of dp-clip"
+    )
+
     # the server's own data
     proxy: str = Field("", description="unlabelled images at the server; empty = none")
     proxy_size: Count = Field(1000, description="most images used of the proxy")
@@ -258,6 +266,15 @@ class Config(BaseModel):
             raise ValueError(
                 f"freeing is '{self.freeing}' but scope is 'rows', which trains freed filters: "
                 "use scope 'group' or 'all'"
+            )
+        if self.dp_noise and not self.dp_clip:
+            raise ValueError(
+                f"dp-noise is {self.dp_noise:g} but dp-clip is 0: noise is a multiple of it"
+            )
+        if self.dp_noise and self.shift != "never":
+            raise ValueError(
+                f"dp-noise is {self.dp_noise:g} but shift is '{self.shift}', which sends "
+                "statistics of images without noise: use shift 'never'"
             )
         if self.min_devices > self.devices:
             raise ValueError(

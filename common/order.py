@@ -28,7 +28,10 @@ class _Frozen(BaseModel):
 
 
 class NetSpec(_Frozen):
-    """What it takes to build the net and to feed it."""
+    """What it takes to build the net and to feed it.
+
+    `class_names` are in the order of the logits; a device that has labels of its own needs them.
+    """
 
     name: str
     classes: int = Field(ge=1)
@@ -36,6 +39,7 @@ class NetSpec(_Frozen):
     width: float = Field(ge=0)
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
+    class_names: tuple[str, ...] = ()
 
 
 class Regrown(_Frozen):
@@ -180,6 +184,8 @@ class Report(_Frozen):
         The training images by class; they sum to `images`.
     right, prior_right, both_right : int
         Held-out images that the received model, the base, and both of them get right.
+    epsilon : float or None
+        What all noised updates of the device disclose of its images, at most (see README).
     """
 
     device: str
@@ -200,6 +206,7 @@ class Report(_Frozen):
     both_right: int = Field(0, ge=0)
     loss: float = 0.0
     seconds: float = Field(0.0, ge=0)
+    epsilon: float | None = Field(None, ge=0)
 
 
 M = TypeVar("M", bound=BaseModel)
