@@ -26,6 +26,10 @@ Outcome = Literal["kept", "relabelled", "duplicate", "near duplicate", "full"]
 _DAY = 86400.0
 
 
+class NoConsentError(ConfigError):
+    """Images of this source may not be kept."""
+
+
 class Labeller(Protocol):
     """A model that can name what an image shows (see `client.pseudo`)."""
 
@@ -253,7 +257,7 @@ class Collector:
 
     def _check_source(self, source: str) -> None:
         if not self.index.one("SELECT 1 FROM sources WHERE name = ?", (source,)):
-            raise ConfigError(
+            raise NoConsentError(
                 f"source '{source}' has no consent: `fallow-device collect consent {source}` first"
             )
 

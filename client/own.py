@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from client.bases import Bases
+from client.heldout import heldout_share
 from client.index import Index
 from client.limits import Guard
 from client.local import carry_out
@@ -174,11 +175,8 @@ class OwnDevice:
         return batch
 
     def _heldout(self, asked: float) -> float:
-        """Return the share that is held out: the most that was ever asked for.
-
-        What once measured is never trained on, so the share does not shrink.
-        """
-        before = float(self._index.about("heldout") or 0.0)
+        """Return the share that is held out, and remember it."""
+        before = heldout_share(self._index, 0.0)
         share = max(asked, before, self._settings.collect.heldout)
         if share > before:
             self._index.set("heldout", repr(share))

@@ -17,13 +17,16 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from client.index import Index
 from common.errors import ConfigError
-from common.order import Order
 from common.seeds import numpy_rng
+
+if TYPE_CHECKING:
+    from common.order import Order
 
 DELTA = 1e-5
 
