@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from client.index import Image, Index, Origin
-from client.near import COLOUR_BITS, Looks, looks_of
+from client.near import TINT, Looks, looks_of
 from client.quota import make_room, trim
 from client.settings import DeviceSettings, read_settings
 from common.data.dataset import Pixels
@@ -294,8 +294,8 @@ class Collector:
         if same or near < 0:
             return (same[0] if same else None), True
         like = self.index.images(
-            "evicted = 0 AND differ(shape, ?) <= ? AND differ(colour, ?) <= ?",
-            (image.shape, near, image.colour, COLOUR_BITS),
+            "evicted = 0 AND differ(shape, ?) <= ? AND tinted(colour, ?) <= ?",
+            (image.shape, near, image.colour, TINT),
         )
         return (like[0] if like else None), False
 

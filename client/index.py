@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from client.near import differ
+from client.near import differ, tinted
 from common.disk import disk_errors, sync_folder, write_bytes
 from common.errors import DiskError, StoreError
 
@@ -363,6 +363,7 @@ def _connect(folder: Path) -> sqlite3.Connection:
         ):
             sql.execute(f"PRAGMA {pragma}")
     sql.create_function("differ", 2, differ, deterministic=True)
+    sql.create_function("tinted", 2, tinted, deterministic=True)
     return sql
 
 
