@@ -14,12 +14,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from client.index import Index
 from client.power import why_metered, why_not_charging
 from client.settings import Limits
 from common.errors import ConfigError, FallowError
-from common.order import Order
+
+if TYPE_CHECKING:
+    from common.order import Order
 
 _MIB = 2**20
 _CHECK_SECONDS = 30.0

@@ -85,7 +85,7 @@ class DeviceSettings(_Section):
     collect: Collecting = Collecting()
     labels: dict[str, str] = Field(
         default_factory=dict,
-        description="this device's label = the model's class; '' leaves such images out",
+        description="this device's own labels, and the model's class of each; '' leaves them out",
     )
     limits: Limits = Limits()
     privacy: Privacy = Privacy()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_client_app import SETTINGS, SPEC, context, judged, message, query, report_in
+from test_client_app import SETTINGS, SPEC, context, identity, judged, message, query, report_in
 from test_collect import Sure, collector, png
 
 from client.app import app
@@ -22,7 +22,7 @@ from common.data.holdout import below
 from common.errors import ConfigError, DataError
 from common.order import Order
 
-__all__ = ["judged"]
+__all__ = ["identity", "judged"]
 
 CLASSES = ("cat", "dog", "newt", "owl", "pig", "a", "b", "c", "d", "e")
 CONFIG = Config.parse(SETTINGS)

@@ -95,7 +95,7 @@ def play(folder: Path, settings: dict[str, Any], images: int = 100) -> Run:
         return answer
 
     grid = FakeGrid({1: node(0), 2: node(1)})
-    conduct(grid, config, folder / "out", engine="test", resume=False, progress=NullProgress())
+    conduct(grid, config, folder / "out", engine="inline", resume=False, progress=NullProgress())
     return Run(bytes(traffic), stores, secrets, folder / "out")
 
 
