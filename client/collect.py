@@ -9,13 +9,12 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from client.index import Image, Index, Origin
 from client.near import TINT, Looks, looks_of
 from client.quota import make_room, trim
-from client.settings import DeviceSettings, read_settings
+from client.settings import Collecting, DeviceSettings, read_settings
 from common.data.dataset import Pixels
 from common.data.decode import read_image
 from common.errors import ConfigError, DataError
@@ -77,6 +76,7 @@ class Collector:
         self._labeller = labeller
         self._clock = clock
         index.sweep()
+        self.expire()
 
     # consent
 
@@ -232,8 +232,7 @@ class Collector:
 
     def expire(self) -> int:
         """Remove what is older than the retention time; returns how many."""
-        days = self.settings.collect.retention_days
-        return self.forget(older_days=days) if days else 0
+        return expire(self.index, self.settings.collect, self._clock())
 
     def check_label(self, label: str | None) -> str | None:
         """Return `label` if it may be given.
@@ -313,6 +312,8 @@ class Collector:
         return replace(image, label=new, origin=origin, confidence=None, model=None)
 
 
-def open_collector(folder: Path, labeller: Labeller | None = None) -> Collector:
-    """Return the collector of the store in `folder`."""
-    return Collector(Index.open(folder), labeller=labeller)
+def expire(index: Index, rules: Collecting, now: float) -> int:
+    """Remove what is older than the retention time at `now`; returns how many."""
+    if not rules.retention_days:
+        return 0
+    return index.remove("added < ?", (now - rules.retention_days * _DAY,))

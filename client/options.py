@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 
 def _default_store() -> Path:
-    return Path(typer.get_app_dir("fallow"))
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "fallow"
 
 
 Store = Annotated[
@@ -18,7 +19,7 @@ Store = Annotated[
         default_factory=_default_store,
         envvar="FALLOW_STORE",
         show_default=False,
-        help="The device's folder: images, index, settings (device.toml).",
+        help="The device's folder: images, index, device.toml; else ~/.local/share/fallow.",
     ),
 ]
 

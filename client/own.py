@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from client.bases import Bases
+from client.collect import expire
 from client.heldout import heldout_share
 from client.index import Index
 from client.limits import Guard
@@ -154,6 +155,8 @@ class OwnDevice:
                 # The same run, gone on with: its rounds have seen that batch.
                 index.run("UPDATE batches SET run = ? WHERE id = ?", (self._run, last))
                 return int(last)
+        expire(index, self._settings.collect, time.time())
+        with index.writing():
             index.run("DELETE FROM batches WHERE settings = ? AND step >= ?", key)
             index.run(
                 "INSERT INTO batches (settings, run, step, frozen) VALUES (?, ?, ?, ?)",
