@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_client_app import context, identity, judged, message, report_in
+from test_client_app import SETTINGS, context, identity, judged, message, report_in
 from test_own import CLASSES, fill
 
 from client.app import app
@@ -19,7 +19,7 @@ from client.status import status
 from common.config import Config
 from common.errors import ConfigError
 from common.filters import FreeSet
-from common.layout import scope_layout
+from common.layout import dense_layout, scope_layout
 from common.order import Order
 from common.state import read_state
 
@@ -129,3 +129,23 @@ def test_a_device_enters_what_it_sent_and_reports_epsilon(
         look = order.model_copy(update={"net": net, "phase": "look"})
         declined = report_in(app(message(look, base=base), context(None, **node))).declined
         assert "run with shift=never" in str(declined)
+
+
+def test_a_simulated_device_clips_and_noises_too(
+    judged: tuple[Order, np.ndarray], tmp_path: Path
+) -> None:
+    order, base = judged
+    built, graph = net_and_graph(order.net)
+    layout = scope_layout("group", graph, FreeSet({"conv1": (0,)}), read_state(built))
+    asked = order.model_copy(update={"phase": "grow", "layout": layout.digest, "lr": 0.01})
+    start = layout.pack(dense_layout(graph, read_state(built)).unpack(read_state(built), base))
+    private = {**SETTINGS, "shift": "never", "dp-clip": 0.01}
+    sent = []
+    for settings in (SETTINGS, private, {**private, "dp-noise": 1.0}):
+        reply = app(message(asked, base=base), context(tmp_path, settings))
+        assert report_in(reply).declined is None
+        sent.append(reply.content.array_records["arrays"]["update"].numpy() - start)
+    lengths = [float(np.linalg.norm(moved)) for moved in sent]
+    assert lengths[0] > 0.02
+    assert lengths[1] == pytest.approx(0.01, rel=1e-3)
+    assert lengths[2] > 0.2  # about the root of the number of values, in clips

@@ -33,7 +33,7 @@ def run(command: list[str], **environment: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -93,7 +93,6 @@ def recorded(port: int) -> Iterator[tuple[int, list[bytearray]]]:
     """
     streams: list[bytearray] = []
     listener = socket.create_server(("127.0.0.1", 0))
-    stopping = threading.Event()
 
     def pass_on(source: socket.socket, sink: socket.socket, seen: bytearray) -> None:
         with suppress(OSError):
@@ -103,21 +102,24 @@ def recorded(port: int) -> Iterator[tuple[int, list[bytearray]]]:
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
+    def connect(near: socket.socket, up: bytearray, down: bytearray) -> None:
+        with near, socket.create_connection(("127.0.0.1", port)) as far:
+            back = threading.Thread(target=pass_on, args=(far, near, down), daemon=True)
+            back.start()
+            pass_on(near, far, up)
+            back.join()
+
     def accept() -> None:
-        while not stopping.is_set():
+        while True:
             try:
                 near, _ = listener.accept()
-            except OSError:
+            except OSError:  # closed below
                 return
-            far = socket.create_connection(("127.0.0.1", port))
-            for source, sink in ((near, far), (far, near)):
-                streams.append(bytearray())
-                arguments = (source, sink, streams[-1])
-                threading.Thread(target=pass_on, args=arguments, daemon=True).start()
+            streams.extend((bytearray(), bytearray()))
+            threading.Thread(target=connect, args=(near, *streams[-2:]), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     try:
         yield listener.getsockname()[1], streams
     finally:
-        stopping.set()
         listener.close()

@@ -14,7 +14,7 @@ from test_traffic import png
 
 from common.data import open_source
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 TINY = {
     "net": "'resnet8'",
@@ -22,6 +22,7 @@ TINY = {
     "devices": "2",
     "steps": "1",
     "rounds": "1",
+    "prior-size": "150",
     "prior-epochs": "3",
     "freeing-epochs": "2",
     "consolidate-rounds": "1",
