@@ -29,6 +29,7 @@ from common.errors import ConfigError, DiskError, FallowError, StoreError
 NAME = pb.DESCRIPTOR.services_by_name["Collect"].full_name
 _WORKERS = 4
 _OVERHEAD = 2**16
+_HOUR = 3600.0
 
 
 class CollectService(collect_pb2_grpc.CollectServicer):
@@ -80,6 +81,16 @@ class CollectService(collect_pb2_grpc.CollectServicer):
             told = status(self._collector.index)
         return pb.StatusReply(json=json.dumps(told))
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest message that is taken."""
+        return int(self._collector.settings.collect.file_mib * 2**20) + _OVERHEAD
+
+    def expire(self) -> None:
+        """Remove what is older than the retention time."""
+        with self._lock:
+            self._collector.expire()
+
     @contextlib.contextmanager
     def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
         try:
@@ -102,13 +113,13 @@ def _abort(context: grpc.ServicerContext, error: FallowError) -> NoReturn:
 
 
 @contextlib.contextmanager
-def serving(collector: Collector, socket: Path | None, port: int | None) -> Iterator[str]:
+def serving(service: CollectService, socket: Path | None, port: int | None) -> Iterator[str]:
     """Serve while the context lasts; yields the address.
 
     Parameters
     ----------
-    collector : Collector
-        Of the store.
+    service : CollectService
+        Answers the calls.
     socket : Path, optional
         Of the Unix socket, which only this user may open.
     port : int, optional
@@ -119,15 +130,13 @@ def serving(collector: Collector, socket: Path | None, port: int | None) -> Iter
     ConfigError
         If it cannot listen there.
     """
-    most = int(collector.settings.collect.file_mib * 2**20) + _OVERHEAD
     server = grpc.server(
         ThreadPoolExecutor(_WORKERS),
         options=[
-            ("grpc.max_receive_message_length", most),
+            ("grpc.max_receive_message_length", service.largest),
             ("grpc.so_reuseport", 0),  # a second service on the same port fails instead
         ],
     )
-    service = CollectService(collector)
     collect_pb2_grpc.add_CollectServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     healthy = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -186,8 +195,9 @@ def serve(
     wait: Callable[[float], object],
 ) -> None:
     """Serve until `wait` raises; what is too old goes every hour."""
-    with serving(collector, socket, port) as address:
+    service = CollectService(collector)
+    with serving(service, socket, port) as address:
         tell(f"listening on {address}")
         while True:
-            collector.expire()
-            wait(3600.0)
+            service.expire()
+            wait(_HOUR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from grpc_tools import protoc
-from test_collect import collector, png
+from test_collect import Clock, collector, png
 
 from client.index import Index
-from client.service import NAME, serving
+from client.service import NAME, CollectService, serve, serving
 from common import collect_pb2 as pb
 from common.collect_pb2_grpc import CollectStub
 from common.errors import ConfigError
@@ -35,7 +36,7 @@ def index(tmp_path: Path) -> Iterator[Index]:
 @pytest.fixture
 def channel(index: Index, tmp_path: Path) -> Iterator[Any]:
     with (
-        serving(collector(index, file_mib=1), tmp_path / "c.sock", None) as address,
+        serving(CollectService(collector(index, file_mib=1)), tmp_path / "c.sock", None) as address,
         grpc.insecure_channel(address) as made,
     ):
         yield made
@@ -98,6 +99,42 @@ def test_what_is_refused_has_a_code_and_a_reason(
     assert camera.Add(pb.AddRequest(file=png(1), source="camera")).outcome == "kept"
 
 
+def test_cameras_may_bring_images_at_the_same_time(channel: Any, index: Index) -> None:
+    camera = CollectStub(channel)
+
+    def bring(first: int) -> list[str]:
+        seeds = range(first, first + 6)
+        return [camera.Add(pb.AddRequest(file=png(n), source="camera")).outcome for n in seeds]
+
+    with Index.open(index.folder) as other, ThreadPoolExecutor(4) as pool:  # another process
+        brought = [pool.submit(bring, 100 * n) for n in range(4)]
+        also = collector(other)
+        outcomes = [also.add(png(n), "image", "camera").outcome for n in range(900, 906)]
+        assert all(done.result() == ["kept"] * 6 for done in brought)
+    assert outcomes == ["kept"] * 6
+    assert len(index.images()) == len(list((index.folder / "images").iterdir())) == 30
+    assert index.check() == []
+
+
+def test_serving_removes_what_is_too_old_and_ends_when_it_is_told(
+    index: Index, tmp_path: Path
+) -> None:
+    clock = Clock()
+    one = collector(index, clock=clock, retention_days=1)
+    one.add(png(1), "image", "camera")
+    said: list[str] = []
+
+    def wait(seconds: float) -> None:
+        if not index.images():
+            raise KeyboardInterrupt
+        clock.now += seconds
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(one, tmp_path / "c.sock", None, said.append, wait)
+    assert said == [f"listening on unix:{tmp_path / 'c.sock'}"]
+    assert not (tmp_path / "c.sock").exists()
+
+
 def test_health_and_reflection_are_on(channel: Any) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", NAME):
@@ -116,12 +153,12 @@ def test_health_and_reflection_are_on(channel: Any) -> None:
 
 def test_only_the_owner_can_open_the_socket(index: Index, tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
-    with serving(collector(index), path, None):
+    with serving(CollectService(collector(index)), path, None):
         assert stat.S_ISSOCK(path.stat().st_mode)
         assert path.stat().st_mode & 0o077 == 0
         with (
             pytest.raises(ConfigError, match="another service answers"),
-            serving(collector(index), path, None),
+            serving(CollectService(collector(index)), path, None),
         ):
             pass
         assert path.exists()
@@ -129,21 +166,21 @@ def test_only_the_owner_can_open_the_socket(index: Index, tmp_path: Path) -> Non
     path.write_text("mine")
     with (
         pytest.raises(ConfigError, match="a file that is no socket"),
-        serving(collector(index), path, None),
+        serving(CollectService(collector(index)), path, None),
     ):
         pass
     assert path.read_text() == "mine"
 
 
 def test_a_port_is_one_of_loopback(index: Index) -> None:
-    with serving(collector(index), None, 0) as address:
+    with serving(CollectService(collector(index)), None, 0) as address:
         host, port = address.split(":")
         assert host == "127.0.0.1"
         with grpc.insecure_channel(address) as channel:
             CollectStub(channel).Status(pb.StatusRequest())
         with (
             pytest.raises(ConfigError, match=f"--port is {port}"),
-            serving(collector(index), None, int(port)),
+            serving(CollectService(collector(index)), None, int(port)),
         ):
             pass
 
