@@ -89,13 +89,16 @@ class Collector:
 
     def withdraw(self, source: str) -> int:
         """End the consent for `source` and remove all that came from it; returns how many."""
-        removed = self.forget(source=source)
-        with self.index.writing():
-            self.index.run(
-                "DELETE FROM sources WHERE name = ? "
-                "AND NOT EXISTS (SELECT 1 FROM images WHERE source = ?)",
-                (source, source),
-            )
+        removed = 0
+        while self._consented(source):
+            removed += self.forget(source=source)
+            with self.index.writing():
+                # again if another process has brought an image meanwhile
+                self.index.run(
+                    "DELETE FROM sources WHERE name = ? "
+                    "AND NOT EXISTS (SELECT 1 FROM images WHERE source = ?)",
+                    (source, source),
+                )
         return removed
 
     # images
@@ -142,12 +145,13 @@ class Collector:
                 return Taken(image.digest, "full", image.label, image.origin)
             if known is None:
                 self.index.put(image, data)
-        if known is not None:  # a label that it lacked is welcome
-            assert label is not None
-            self._relabel(known, label, "given")
-            return Taken(known.digest, "relabelled", label, "given", known.digest)
+                taken = Taken(image.digest, "kept", image.label, image.origin)
+            else:  # a label that it lacked is welcome
+                assert label is not None
+                self._set_label(known.digest, label, "given")
+                taken = Taken(known.digest, "relabelled", label, "given", known.digest)
         self.index.purge()
-        return Taken(image.digest, "kept", image.label, image.origin)
+        return taken
 
     def label(self, start: str, label: str) -> Image:
         """Correct the label of the image whose digest begins with `start`.
@@ -159,14 +163,19 @@ class Collector:
         ConfigError
             If none or several begin so, or the label is not allowed.
         """
-        image = self.find(start)
-        return self._relabel(image, label, "corrected")
+        self.check_label(label)
+        with self.index.writing():
+            image = self.find(start)
+            self._set_label(image.digest, label, "corrected")
+        self.index.purge()
+        return replace(image, label=label, origin="corrected", confidence=None, model=None)
 
-    def find(self, start: str) -> Image:
-        """Return the one image whose digest begins with `start`."""
+    def find(self, start: str, evicted: bool = False) -> Image:
+        """Return the one image whose digest begins with `start`; `evicted` ones too if wanted."""
         if not start or set(start) - set("0123456789abcdef"):
             raise ConfigError(f"image '{start}': give the digest, or how it begins, in lower case")
-        found = self.index.images("evicted = 0 AND digest GLOB ?", (f"{start}*",))
+        where = "evicted <= ? AND digest GLOB ?"
+        found = self.index.images(where, (int(evicted), f"{start}*"))
         if len(found) != 1:
             many = "no image begins" if not found else f"{len(found)} images begin"
             raise ConfigError(f"image '{start}': {many} so; see `fallow-device collect list`")
@@ -197,6 +206,9 @@ class Collector:
                         image.digest,
                     ),
                 )
+                if label is not None:
+                    trim(self.index, label, self.settings.collect, "")
+        self.index.purge()
         return named, unsure
 
     def forget(
@@ -222,7 +234,10 @@ class Collector:
         if label is not None:
             where, values = [*where, "COALESCE(label, '') = ?"], [*values, label]
         if digest is not None:
-            where, values = [*where, "digest = ?"], [*values, self.find(digest).digest]
+            where, values = (
+                [*where, "digest = ?"],
+                [*values, self.find(digest, evicted=True).digest],
+            )
         if older_days is not None:
             limit = self._clock() - older_days * _DAY
             where, values = [*where, "added < ?"], [*values, limit]
@@ -255,10 +270,13 @@ class Collector:
         return label
 
     def _check_source(self, source: str) -> None:
-        if not self.index.one("SELECT 1 FROM sources WHERE name = ?", (source,)):
+        if not self._consented(source):
             raise NoConsentError(
                 f"source '{source}' has no consent: `fallow-device collect consent {source}` first"
             )
+
+    def _consented(self, source: str) -> bool:
+        return bool(self.index.one("SELECT 1 FROM sources WHERE name = ?", (source,)))
 
     def _described(self, data: bytes, pixels: Pixels, source: str, label: str | None) -> Image:
         near = self.settings.collect.near >= 0
@@ -298,18 +316,13 @@ class Collector:
         )
         return (like[0] if like else None), False
 
-    def _relabel(self, image: Image, label: str, origin: Origin) -> Image:
-        new = self.check_label(label)
-        assert new is not None
-        with self.index.writing():
-            self.index.run(
-                "UPDATE images SET label = ?, origin = ?, confidence = NULL, model = NULL "
-                "WHERE digest = ?",
-                (new, origin, image.digest),
-            )
-            trim(self.index, new, self.settings.collect, image.digest)
-        self.index.purge()
-        return replace(image, label=new, origin=origin, confidence=None, model=None)
+    def _set_label(self, digest: str, label: str, origin: Origin) -> None:
+        self.index.run(
+            "UPDATE images SET label = ?, origin = ?, confidence = NULL, model = NULL "
+            "WHERE digest = ?",
+            (label, origin, digest),
+        )
+        trim(self.index, label, self.settings.collect, digest)
 
 
 def expire(index: Index, rules: Collecting, now: float) -> int:

@@ -157,6 +157,9 @@ class OwnDevice:
                 return int(last)
         expire(index, self._settings.collect, time.time())
         with index.writing():
+            # A label that is no class stops the batch, not the step: it can still be corrected.
+            labels = index.run("SELECT label FROM images WHERE evicted = 0 AND label IS NOT NULL")
+            class_indices([label for (label,) in labels], order.net, self._settings.labels)
             index.run("DELETE FROM batches WHERE settings = ? AND step >= ?", key)
             index.run(
                 "INSERT INTO batches (settings, run, step, frozen) VALUES (?, ?, ?, ?)",
@@ -262,7 +265,8 @@ def class_indices(labels: list[str], net: NetSpec, renamed: dict[str, str]) -> l
             unknown[label] += 1
         found.append(position.get(name, -1) if name else -1)
     if unknown:
-        named = ", ".join(f"'{label}' ({n} images)" for label, n in unknown.most_common(3))
+        most = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))[:3]
+        named = ", ".join(f"'{label}' ({n} images)" for label, n in most)
         classes = ", ".join(net.class_names[:10]) + (", ..." if len(net.class_names) > 10 else "")
         raise DataError(
             f"label {named} is none of the model's classes ({classes}): correct it, or name its "

@@ -46,10 +46,10 @@ def make_room(index: Index, label: str | None, size: int, rules: Collecting) -> 
 
 
 def trim(index: Index, label: str, rules: Collecting, keep: str) -> None:
-    """Take out what a corrected label has too much, but not the image `keep`."""
+    """Take out what a label has too much after images got it, but not the image `keep`."""
     count = _count(index, label)
     if rules.class_quota and count > rules.class_quota:
-        rng = numpy_rng("trim", index.secret, label, keep)
+        rng = numpy_rng("trim", index.secret, label, count, keep)
         _evict(index, label, count - rules.class_quota, rng, keep)
 
 

@@ -331,6 +331,14 @@ def test_an_image_larger_than_the_quota_is_not_kept_and_moves_nothing(index: Ind
     assert files(index) == {first.digest}
 
 
+def test_what_the_model_labels_does_not_overfill_a_label(index: Index) -> None:
+    one = collector(index)
+    for n in range(6):
+        one.add(png(n), "image", "camera")
+    assert collector(index, class_quota=2).label_rest(Sure("newt")) == (6, 0)
+    assert len(index.images()) == len(files(index)) == 2
+
+
 def test_a_correction_does_not_overfill_a_label(index: Index) -> None:
     one = collector(index, class_quota=2)
     for n in (1, 2):

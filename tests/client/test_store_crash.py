@@ -162,18 +162,13 @@ def test_a_writer_that_is_killed_leaves_a_whole_store(tmp_path: Path) -> None:
     Index.create(folder).close()
     killed_at = set()
     for trial in range(20):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder), str(Path(__file__).parent)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert writer.stdout is not None
-        said = [writer.stdout.readline()]  # it has begun
-        time.sleep(0.05 + 0.03 * trial)
-        writer.send_signal(signal.SIGKILL)
-        said += writer.stdout.read().splitlines(keepends=True)
-        writer.wait()
+        command = [sys.executable, "-c", WRITER, str(folder), str(Path(__file__).parent)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            said = [writer.stdout.readline()]  # it has begun
+            time.sleep(0.05 + 0.03 * trial)
+            writer.send_signal(signal.SIGKILL)
+            said += writer.stdout.read().splitlines(keepends=True)
         killed_at.add(len(said))
         with Index.open(folder) as index:
             kept = {image.digest for image in index.images()}
