@@ -2,22 +2,15 @@
 
 import hashlib
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import BIN, ROOT, free_port, process, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 TINY = {
     "net": "resnet8",
     "width": "8",
@@ -29,15 +22,6 @@ TINY = {
     "consolidate-rounds": "2",
     "max-drop": "1.0",
     "accept-drop": "1.0",
-}
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    "OMP_NUM_THREADS": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -108,64 +92,8 @@ def toml(value: str) -> str:
     return f"'{value}'" if value[0].isalpha() else value
 
 
-def run(command: list[str], **environment: str) -> None:
-    done = subprocess.run(
-        command,
-        env={**ENVIRONMENT, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@contextmanager
-def process(name: str, folder: Path, command: list[str], **environment: str) -> Iterator[None]:
-    """Run a process in an empty folder of its own, and end it by its id."""
-    work = folder / name
-    work.mkdir()
-    executable = shutil.which(command[0], path=ENVIRONMENT["PATH"])
-    assert executable is not None
-    with (folder / f"{name}.log").open("w") as log:
-        started = subprocess.Popen(
-            [executable, *command[1:]],
-            cwd=work,
-            env={**ENVIRONMENT, "FLWR_HOME": str(work / "home"), **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield
-        finally:
-            started.terminate()
-            try:
-                started.wait(30)
-            except subprocess.TimeoutExpired:
-                started.kill()
-                started.wait()
-
-
-def device(number: int, port: int, folder: Path) -> AbstractContextManager[None]:
+def device(number: int, port: int, folder: Path) -> AbstractContextManager[Any]:
     config = f"partition-id={number} num-partitions=2 cache='{folder / 'cache'}-{number}'"
     command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
     command += ["--port", str(free_port()), "--node-config", config]
     return process(f"device-{number}", folder, command)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for(port: int) -> None:
-    for _ in range(120):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise AssertionError(f"nothing listens on {port}")
