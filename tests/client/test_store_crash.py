@@ -68,8 +68,9 @@ def whole(folder: Path) -> None:
         assert {image.digest for image in index.images("TRUE")} == {
             path.name for path in (folder / "images").iterdir()
         }
-        taken = again.add(png(9), "image", "camera", "newt")
+        taken = again.add(png(10**7), "image", "camera", "newt")
         assert taken.outcome == "kept"
+        assert again.forget(label="newt") == 1
 
 
 def test_a_cut_before_any_change_of_the_disk_leaves_a_whole_store(
