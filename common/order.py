@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.codec import Codec
 from common.distill import Distillation
@@ -40,6 +40,12 @@ class NetSpec(_Frozen):
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
     class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _together(self) -> NetSpec:
+        if len(self.class_names) not in (0, self.classes):
+            raise ValueError(f"{len(self.class_names)} class_names for {self.classes} classes")
+        return self
 
 
 class Regrown(_Frozen):
