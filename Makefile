@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
 
-.PHONY: help env lock demo test lint test-slow chaos simulate bench bench-sim bench-wire bench-step clean
+.PHONY: help env lock proto demo test lint test-slow chaos simulate bench bench-sim bench-wire bench-step clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ lock: env ## write the installed versions into deploy/constraints.txt
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; \
 	  grep '^setuptools==' deploy/constraints.txt; } > deploy/constraints.new
 	mv deploy/constraints.new deploy/constraints.txt
+
+proto: env ## generate the code of common/collect.proto anew
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	  common/collect.proto
 
 demo: env ## the whole cycle on built-in images, under five minutes (OUT=folder)
 	rm -rf $(OUT)

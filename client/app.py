@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from client.bases import Bases
-from client.local import carry_out
-from client.simulated import SimulatedDevice
+from client.device import Device
 from client.wire import Arrays
 from common.accelerator import Accelerator
 from common.config import Config
@@ -42,31 +42,31 @@ def make_app(settings: Mapping[str, Any] | None = None, cache: str | None = None
     def hello(message: Message, context: Context) -> Message:
         """Tell the device's name."""
         try:
-            device = _device(context, _config(context, settings))
+            with _device(context, _config(context, settings)) as device:
+                return _reply(message, Report(device=device.device))
         except FallowError as error:
             return _reply(message, Report(device="", declined=str(error)))
-        return _reply(message, Report(device=device.device))
 
     @app.train()
     def work(message: Message, context: Context) -> Message:
         """Carry out one order."""
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         config = _config(context, settings)
-        device = _device(context, config)  # as in hello, which every node has passed
-        try:
-            order = read_order(str(message.content.config_records["order"]["json"]))
-            if ":" in order.net.name and order.net.name != config.net:
-                # module:function imports and runs code: only the device's own settings may.
-                raise ConfigError(
-                    f"the server asks for net '{order.net.name}', this device's settings name "
-                    f"'{config.net}': set net to it on the device if you trust it"
+        with _device(context, config) as device:  # as in hello, which every node has passed
+            try:
+                order = read_order(str(message.content.config_records["order"]["json"]))
+                if ":" in order.net.name and order.net.name != config.net:
+                    # module:function imports and runs code: only the device's own settings may.
+                    raise ConfigError(
+                        f"the server asks for net '{order.net.name}', this device's settings "
+                        f"name '{config.net}': set net to it on the device if you trust it"
+                    )
+                accelerator = Accelerator.pick(config.accelerator, config.amp)
+                report, update = device.carry_out(
+                    order, _arrays(message), _bases(context, cache), accelerator
                 )
-            accelerator = Accelerator.pick(config.accelerator, config.amp)
-            report, update = carry_out(
-                order, _arrays(message), device, _bases(context, cache), accelerator
-            )
-        except FallowError as error:
-            return _reply(message, Report(device=device.device, declined=str(error)))
+            except FallowError as error:
+                return _reply(message, Report(device=device.device, declined=str(error)))
         return _reply(message, report, update)
 
     return app
@@ -81,19 +81,34 @@ def _config(context: Context, settings: Mapping[str, Any] | None) -> Config:
     return Config.parse(known)
 
 
-def _device(context: Context, config: Config) -> SimulatedDevice:
+@contextlib.contextmanager
+def _device(context: Context, config: Config) -> Iterator[Device]:
+    """Return the device that the node config names: a store of its own, or a simulated share."""
     node = context.node_config
-    if "partition-id" not in node:
-        raise ConfigError("node config has no 'partition-id': only simulated devices work yet")
-    return SimulatedDevice(config, int(node["partition-id"]))
+    # Each imports what only it needs: every message of a real device starts a new process.
+    if "store" in node:
+        from client.index import Index
+        from client.own import OwnDevice
+
+        with Index.open(Path(str(node["store"]))) as index:
+            yield OwnDevice(index, config, str(context.run_id))
+    elif "partition-id" in node:
+        from client.simulated import SimulatedDevice
+
+        yield SimulatedDevice(config, int(node["partition-id"]))
+    else:
+        raise ConfigError("node config has no 'store' (a device's own) and no 'partition-id'")
 
 
 def _bases(context: Context, cache: str | None) -> Bases:
+    node = context.node_config
     default = cache or Path(tempfile.gettempdir()) / f"fallow-{os.getuid()}" / "bases"
-    folder = Path(str(context.node_config.get("cache", default)))
+    if "store" in node:
+        default = Path(str(node["store"])) / "bases"
+    folder = Path(str(node.get("cache", default)))
     if folder not in _BASES:
         # A simulated device's disk is not worth waiting for.
-        _BASES[folder] = Bases(folder, durable="partition-id" not in context.node_config)
+        _BASES[folder] = Bases(folder, durable="partition-id" not in node)
     return _BASES[folder]
 
 

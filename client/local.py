@@ -8,7 +8,7 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import nn
 
 from client.bases import Bases
 from client.extras import Extras, extras_of
+from client.privacy import Privacy
 from client.wire import Arrays, packed_update, received
 from client.workshop import WORKSHOP
 from common.accelerator import Accelerator
 from common.anchor import anchored, importances
-from common.data import Augment, ImageSet, Normalisation, split_holdout
+from common.data import Augment, ImageSet, Normalisation
 from common.distill import class_log_shares
 from common.errors import NetError, UpdateError
 from common.experts import expert_layout
@@ -65,12 +66,22 @@ class DeviceData(Protocol):
     def device(self) -> str:
         """Name of the device, stable over restarts."""
 
-    def batch(self, step: int) -> ImageSet:
-        """Return the images of a step; the same in every round of the step."""
+    def split(self, order: Order) -> tuple[ImageSet, ImageSet]:
+        """Return the images that an order trains on, and those that it measures with.
+
+        Which is which depends on the image alone; they are the same in every round of a step.
+        """
 
 
 def carry_out(
-    order: Order, arrays: Arrays, data: DeviceData, bases: Bases, accelerator: Accelerator
+    order: Order,
+    arrays: Arrays,
+    data: DeviceData,
+    bases: Bases,
+    accelerator: Accelerator,
+    *,
+    privacy: Privacy | None = None,
+    check: Callable[[float], None] | None = None,
 ) -> tuple[Report, np.ndarray | None]:
     """Do what an order asks.
 
@@ -84,6 +95,10 @@ def carry_out(
         Models that the device holds.
     accelerator : Accelerator
         Where to train.
+    privacy : Privacy, optional
+        Noises what training moved, before it is packed.
+    check : callable, optional
+        Called with the share of the training that is done, before each of its steps; may raise.
 
     Returns
     -------
@@ -107,8 +122,7 @@ def carry_out(
             f"the net '{order.net.name}' has filter graph {graph.digest[:12]} here, the server "
             f"has {order.graph[:12]}: both sides need the same net"
         )
-    images = data.batch(order.step)
-    trained_on, heldout = split_holdout(images, order.heldout)
+    trained_on, heldout = data.split(order)
     if len(trained_on) < 2:
         return Report(device=data.device, declined=f"{len(trained_on)} training image(s)"), None
     free = order.free_set()
@@ -167,10 +181,20 @@ def carry_out(
         update = update if order.codec_up == "fp32" else encode_scores(update)
     elif order.phase != "judge":
         loss = _train(
-            order, student, teacher, graph, layout, base, own, extras, data.device, accelerator
+            order,
+            student,
+            teacher,
+            graph,
+            layout,
+            base,
+            own,
+            extras,
+            data.device,
+            accelerator,
+            check,
         )
         trained = layout.pack(read_state(student))
-        update = packed_update(order, start, trained, layout, data.device, bases)
+        update = packed_update(order, start, trained, layout, data.device, bases, privacy)
     return (
         Report(
             device=data.device,
@@ -290,6 +314,7 @@ def _train(
     extras: Extras,
     device: str,
     accelerator: Accelerator,
+    check: Callable[[float], None] | None,
 ) -> float:
     recipe = Recipe(
         epochs=order.epochs,
@@ -301,7 +326,7 @@ def _train(
     )
     # Without the regrown filters, which nobody reads yet, the base is the prior model, in
     # less time; without this step's filters the grown model is its kept part.
-    before_step = None
+    before_step = check
     teaching = order.teaching
     twin = _twin(order, student, graph)
     if order.phase == "grow":
@@ -321,6 +346,8 @@ def _train(
         anneal = Anneal(student, graph, order.free_set(), base)
 
         def before_step(done: float) -> None:
+            if check is not None:
+                check(done)
             anneal(scale_factor(begin + (end - begin) * done, until))
 
     classes = order.net.classes

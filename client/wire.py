@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.bases import Bases
+from client.privacy import Privacy
 from common.codec import decode, encode
 from common.errors import UpdateError
 from common.layout import Layout
 from common.order import Order
 from common.seeds import numpy_rng
-from common.update import Moved, as_array, as_bytes, check_values, rows_of
+from common.update import Moved, as_array, as_bytes, check_values, move, rows_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,13 @@ def _made(order: Order, arrays: Arrays, layout: Layout, bases: Bases) -> Moved |
 
 
 def packed_update(
-    order: Order, start: np.ndarray, trained: np.ndarray, layout: Layout, device: str, bases: Bases
+    order: Order,
+    start: np.ndarray,
+    trained: np.ndarray,
+    layout: Layout,
+    device: str,
+    bases: Bases,
+    privacy: Privacy | None = None,
 ) -> np.ndarray:
     """Return what travels of a round's training: the values, or their encoded difference.
 
@@ -97,11 +104,17 @@ def packed_update(
         Values before and after.
     device : str
         The device's name.
+    privacy : Privacy, optional
+        Clips and noises the difference. What is kept of an encoding is then noised too, so that
+        adding it to the next discloses nothing.
     """
+    moved = trained - start
+    if privacy is not None:
+        moved = privacy.apply(moved)
     if order.feedback is None:
-        return trained
+        return trained if privacy is None else move(start, moved, layout)
     kept = bases.feedback
-    wanted = trained - start + kept.get(device, order.feedback, order.round, layout.size)
+    wanted = moved + kept.get(device, order.feedback, order.round, layout.size)
     rng = numpy_rng("encode", order.feedback, order.round, device)
     rows = rows_of(layout)
     data = encode(wanted, rows, order.codec_up, rng)

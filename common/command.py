@@ -17,8 +17,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Run a command line and return its exit code; an error is told in one line."""
+def run_command(command: Callable[[], None], go_on: str = _GO_ON) -> int:
+    """Run a command line and return its exit code; an error is told in one line.
+
+    Parameters
+    ----------
+    command : callable
+        What to run.
+    go_on : str
+        What is told after an interruption.
+    """
     signal.signal(signal.SIGTERM, _interrupt)  # so that a service manager's stop loses nothing
     try:
         command()
@@ -26,10 +34,10 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(_GO_ON, file=sys.stderr)
+        print(go_on, file=sys.stderr)
         return INTERRUPTED
     except SystemExit as end:
         if end.code == INTERRUPTED:  # Typer takes Ctrl-C itself, and says nothing
-            print(_GO_ON, file=sys.stderr)
+            print(go_on, file=sys.stderr)
         return int(end.code or 0)
     return 0

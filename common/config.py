@@ -308,6 +308,14 @@ class Config(BaseModel):
         "a direction that is fp32 stays so",
     )
 
+    # privacy
+    dp_clip: NotNegative = Field(
+        0.0, description="largest L2 norm of a device's update, which is scaled to it; 0 = any"
+    )
+    dp_noise: NotNegative = Field(
+        0.0, description="deviation of the noise on a device's update, in multiples of dp-clip"
+    )
+
     # the server's own data
     proxy: str = Field("", description="unlabelled images at the server; empty = none")
     proxy_size: Count = Field(1000, description="most images used of the proxy")
@@ -364,6 +372,15 @@ class Config(BaseModel):
             )
         if self.peers > 1:
             self._check_peers()
+        if self.dp_noise and not self.dp_clip:
+            raise ValueError(
+                f"dp-noise is {self.dp_noise:g} but dp-clip is 0: noise is a multiple of it"
+            )
+        if self.dp_noise and self.shift != "never":
+            raise ValueError(
+                f"dp-noise is {self.dp_noise:g} but shift is '{self.shift}', which sends "
+                "statistics of images without noise: use shift 'never'"
+            )
         if self.min_devices > self.devices:
             raise ValueError(
                 f"min-devices {self.min_devices} is above devices {self.devices}: lower it"
@@ -497,6 +514,8 @@ LATER = (
     "faulty_share",
     "norm_limit",
     "count_limit",
+    "dp_clip",
+    "dp_noise",
 )
 """Settings that came later: at their default they do not change the digest, which draws depend on,
 so that a run ends in the bytes that it always ended in."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.codec import Codec
 from common.distill import Distillation
@@ -28,7 +28,10 @@ class _Frozen(BaseModel):
 
 
 class NetSpec(_Frozen):
-    """What it takes to build the net and to feed it."""
+    """What it takes to build the net and to feed it.
+
+    `class_names` are in the order of the logits; a device that has labels of its own needs them.
+    """
 
     name: str
     classes: int = Field(ge=1)
@@ -36,6 +39,13 @@ class NetSpec(_Frozen):
     width: float = Field(ge=0)
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
+    class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _together(self) -> NetSpec:
+        if len(self.class_names) not in (0, self.classes):
+            raise ValueError(f"{len(self.class_names)} class_names for {self.classes} classes")
+        return self
 
 
 class Regrown(_Frozen):
@@ -215,6 +225,8 @@ class Report(_Frozen):
         Held-out images that the received model, the base, and both of them get right.
     peer_right : list of int
         `right` of every peer, of which the first is the received model; empty without peers.
+    epsilon : float or None
+        What all noised updates of the device disclose of its images, at most (see README).
     """
 
     device: str
@@ -236,6 +248,7 @@ class Report(_Frozen):
     peer_right: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     loss: float = 0.0
     seconds: float = Field(0.0, ge=0)
+    epsilon: float | None = Field(None, ge=0)
 
 
 M = TypeVar("M", bound=BaseModel)

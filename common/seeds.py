@@ -8,9 +8,12 @@ every restart, and no two purposes share a stream.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_of(purpose: str, *key: int | str) -> int:
@@ -39,6 +42,8 @@ def numpy_rng(purpose: str, *key: int | str) -> np.random.Generator:
 
 def torch_rng(purpose: str, *key: int | str) -> torch.Generator:
     """Return a CPU torch generator for one purpose and key (see `seed_of`)."""
+    import torch  # late: a device that only collects needs none
+
     generator = torch.Generator()
     generator.manual_seed(seed_of(purpose, *key))
     return generator

@@ -82,6 +82,7 @@ def open_world(config: Config) -> World:
         width=config.width,
         mean=mean,
         std=std,
+        class_names=scenario.classes,
     )
     net = make_net(config, spec)
     graph = FilterGraph.build(net, spec.input_shape)

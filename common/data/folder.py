@@ -25,20 +25,21 @@ _SUFFIXES = frozenset(
 
 def locate(path: Path) -> Location | None:
     """Return the image folder at ``path``, or None if no image is in it."""
-    if not path.is_dir() or not any(_is_image(file, path) for file in path.rglob("*")):
+    if not path.is_dir() or not any(is_image(file, path) for file in path.rglob("*")):
         return None
     names = split_names(folder.name for folder in path.iterdir() if folder.is_dir())
     folders = {split: path / name for split, name in names.items()} or {TRAIN: path}
     return Location(tuple(folders), lambda split, options: _open(folders, split, options))
 
 
-def _is_image(file: Path, root: Path) -> bool:
+def is_image(file: Path, root: Path) -> bool:
+    """Return whether `file`, somewhere below `root`, is taken for an image."""
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
     return not hidden and file.suffix.lower() in _SUFFIXES and file.is_file()
 
 
 def _images(folder: Path) -> list[Path]:
-    found = [file for file in folder.rglob("*") if _is_image(file, folder)]
+    found = [file for file in folder.rglob("*") if is_image(file, folder)]
     if not found:
         raise DataError(f"{folder}: no images; give a folder that has some")
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())

@@ -39,13 +39,17 @@ def holdout_mask(images: ImageSet, share: float, salt: str = "") -> NDArray[np.b
     if not 0 <= share < 1:
         raise ConfigError(f"holdout share: {share}; it must be at least 0 and below 1")
     prefix = hashlib.sha256(salt.encode())
-    limit = int(share * 2**64)
     mask = np.empty(len(images), dtype=np.bool_)
     for i, image in enumerate(np.ascontiguousarray(images.images)):
         digest = prefix.copy()
         digest.update(image.data)
-        mask[i] = int.from_bytes(digest.digest()[:8], "big") < limit
+        mask[i] = below(digest.digest(), share)
     return mask
+
+
+def below(digest: bytes, share: float) -> bool:
+    """Return whether a digest's first 8 bytes, as a fraction of 2**64, are below `share`."""
+    return int.from_bytes(digest[:8], "big") < int(share * 2**64)
 
 
 def split_holdout(images: ImageSet, share: float, salt: str = "") -> tuple[ImageSet, ImageSet]:

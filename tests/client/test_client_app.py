@@ -206,7 +206,7 @@ def test_a_node_without_data_says_what_is_missing(tmp_path: Path) -> None:
     node = context(tmp_path, **{"partition-id": None})
     report = report_in(app(query(), node))
     assert report.declined is not None
-    assert "node config has no 'partition-id'" in report.declined
+    assert "node config has no 'store'" in report.declined
 
 
 def test_settings_that_cannot_be_used_are_told_by_name(tmp_path: Path) -> None:

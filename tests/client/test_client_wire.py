@@ -11,6 +11,7 @@ import torch
 
 from client.bases import Bases
 from client.local import net_and_graph
+from client.privacy import Privacy
 from client.wire import Arrays, packed_update, received
 from common.codec import decode, encode
 from common.errors import UpdateError
@@ -161,6 +162,25 @@ def test_what_coding_takes_comes_with_the_next_updates(
     alone = np.linalg.norm(step(layout, 0)[weights]) * 0.5
     assert errors[-1] < 2 * alone  # without feedback it grows with the root of the rounds
     assert errors[-1] / np.linalg.norm(total[weights]) < 0.35
+
+
+def test_what_coding_takes_of_a_noised_update_is_noised_too(
+    layout: Layout, base: State, tmp_path: Path
+) -> None:
+    start, rows = layout.pack(base), rows_of(layout)
+    weights = np.flatnonzero(rows.inside)
+    privacy = Privacy(0.5, 0.02, "secret")
+    noised, came, exact = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
+    for number in range(6):
+        asked = order(codec_up="int4", round=number, feedback="f" * 64)
+        trained = start + step(layout, number)
+        update = packed_update(asked, start, trained, layout, "a", Bases(tmp_path), privacy)
+        came += decode_update(update, "int4", start, layout, rows).astype(np.float64) - start
+        noised += privacy.apply(trained - start)
+        exact += trained.astype(np.float64) - start
+    missed = np.linalg.norm((noised - came)[weights])
+    assert missed < 0.3 * np.linalg.norm(noised[weights])
+    assert missed < 0.3 * np.linalg.norm((exact - came)[weights])
 
 
 def test_the_same_round_gives_the_same_bytes_and_devices_round_apart(

@@ -54,9 +54,9 @@ class Own:
     def device(self) -> str:
         return self.name
 
-    def batch(self, step: int) -> ImageSet:
-        self.asked = step
-        return self.images
+    def split(self, order: Order) -> tuple[ImageSet, ImageSet]:
+        self.asked = order.step
+        return split_holdout(self.images, order.heldout)
 
 
 @dataclass(frozen=True)

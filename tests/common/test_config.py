@@ -42,7 +42,10 @@ OTHERS: dict[str, Any] = {
 }
 
 
-NEEDS: dict[str, dict[str, Any]] = {"reserve": {"freeing": "prior"}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "reserve": {"freeing": "prior"},
+    "dp_noise": {"dp_clip": 1.0, "shift": "never"},
+}
 """Settings without which another has no meaning."""
 
 
@@ -58,6 +61,9 @@ def another(name: str) -> Any:
     if isinstance(default, bool):
         return not default
     return default + 1 if isinstance(default, int | float) else default + "x"
+
+
+"""Settings that another one does not go without."""
 
 
 # ---------------------------------------------------------------- good values

@@ -34,6 +34,7 @@ NET = {
     "width": 16.0,
     "mean": [0.5, 0.4, 0.3],
     "std": [0.2, 0.2, 0.2],
+    "class_names": [str(number) for number in range(10)],
 }
 ORDER: dict[str, Any] = {
     "run": 7,
@@ -141,6 +142,13 @@ def test_an_order_comes_back_as_it_was() -> None:
     assert order.regrown.rules() == Diversity(0.4, 0.2, 0.2, 0.2)
     assert order.teaching.distillation() == Distillation(0.3, 2.0, 0.25, 0.1)
     assert order.free_set() == FreeSet({"conv1": (0, 3), "layer1.0.conv1": (2,)})
+
+
+def test_a_net_names_all_of_its_classes_or_none() -> None:
+    assert NetSpec.model_validate({**NET, "class_names": []}).class_names == ()
+    wrong = {**ORDER, "net": {**NET, "class_names": ["cat"]}}
+    with pytest.raises(UpdateError, match="1 class_names for 10 classes"):
+        read_order(json.dumps(wrong))
 
 
 def test_a_net_can_be_looked_up_by_its_description() -> None:

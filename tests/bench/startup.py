@@ -1,0 +1,78 @@
+"""How long a ClientApp's process takes to start, as a ratio to importing torch alone.
+
+Flower starts such a process for every message. Each round of the measurement runs every variant
+once, in turn, each in a fresh interpreter; what counts is the median of the CPU time (user and
+system), which another process on the same core does not change as it does the elapsed time.
+
+    python tests/bench/startup.py --repeats 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCH = "import torch"
+FLOWER = "from flwr.supernode.cli.flwr_clientapp import flwr_clientapp"
+VARIANTS = {
+    "torch": TORCH,
+    "the app": "import client.app, client.own",
+    "the app in Flower's process": f"{FLOWER}; import client.app, client.own",
+}
+
+
+def measured(statement: str) -> tuple[float, float]:
+    """Return CPU and elapsed seconds of a fresh interpreter that runs `statement`."""
+    before, began = os.times(), time.perf_counter()
+    subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system
+    return (
+        cpu - before.children_user - before.children_system,
+        time.perf_counter() - began,
+    )
+
+
+def main() -> None:
+    """Measure, print the ratios and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/bench/results/startup.json")
+    options = parser.parse_args()
+    for statement in VARIANTS.values():  # compiled files and the disk's cache
+        measured(statement)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    for _ in range(options.repeats):
+        for name, statement in VARIANTS.items():
+            seconds[name].append(measured(statement))
+    base = statistics.median(cpu for cpu, _ in seconds["torch"])
+    rows = {}
+    for name, times in seconds.items():
+        cpu = statistics.median(c for c, _ in times)
+        elapsed = statistics.median(e for _, e in times)
+        rows[name] = {"cpu_seconds": cpu, "elapsed_seconds": elapsed, "ratio": cpu / base}
+        print(
+            f"{name:30} {cpu:6.2f} s CPU  {elapsed:6.2f} s elapsed  {cpu / base:5.2f}x torch",
+            flush=True,
+        )
+    result = {
+        "command": f"python tests/bench/startup.py --repeats {options.repeats}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "flwr", "grpcio", "pydantic")},
+        "load": os.getloadavg()[0],
+        "variants": rows,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
