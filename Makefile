@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
 
-.PHONY: help env lock demo test lint test-slow simulate bench bench-step clean
+.PHONY: help env lock demo test lint test-slow chaos simulate bench bench-step clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ demo: env ## the whole cycle on built-in images, under five minutes (OUT=folder)
 	  --prior-size 300 --calibration digits --set max-drop=0.025 --set accept-drop=0.01 --out $(OUT)
 
 test: env lint ## types, style and the quick tests
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not chaos'
 
 lint: env ## types and style alone
 	$(BIN)/ruff check .
@@ -51,7 +51,10 @@ lint: env ## types and style alone
 	$(BIN)/mypy
 
 test-slow: env ## the tests that take minutes: Ray, and real server and device processes
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow and not chaos'
+
+chaos: env ## faults at length: kills, full disks, fuzzed and hostile updates
+	$(BIN)/python -m pytest -q -m chaos
 
 simulate: env ## the same through `flwr run` on Ray (DATA=digits or a path)
 	PATH="$(abspath $(BIN)):$$PATH" deploy/flwr-run.sh $(OUT)-flower $(DATA)

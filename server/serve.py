@@ -20,13 +20,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from common.config import Config
-from common.errors import ConfigError, FallowError, StoreError
-from common.store import disk_errors, write_bytes
+from common.errors import ConfigError, DiskError, FallowError, StoreError
 
 _CONNECTION = "fallow"
 _LOOPBACK = "127.0.0.1"
@@ -68,17 +68,19 @@ def serve(state: Path, certs: Path | None, port: int) -> None:
         flags += [f"--ssl-keyfile={key}", "--enable-supernode-auth"]
         connection = f"root-certificates = {json.dumps(str(ca))}"
     state = state.resolve()
-    with disk_errors(state):
-        (state / "work").mkdir(parents=True, exist_ok=True)
+    with _disk(state):
+        for folder in ("work", "flwr"):
+            (state / folder).mkdir(parents=True, exist_ok=True)
         os.chmod(state, 0o700)  # whoever reads the connection can run code
-    _lock(state)
+        handle = os.open(state / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    _lock(handle, state)
     _check_free(port)
     address = f"localhost:{port}" if certs is not None else f"{_LOOPBACK}:{port}"
-    write_bytes(
-        state / "flwr" / "config.toml",
-        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
-        f'address = "{address}"\n{connection}\n'.encode(),
-    )
+    with _disk(state):
+        (state / "flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+            f'address = "{address}"\n{connection}\n'
+        )
     program = _program("flower-superlink")
     command = [program, *flags, f"--host={_LOOPBACK}", f"--port={port}"]
     command += [f"--database={state / 'superlink.db'}"]
@@ -113,17 +115,17 @@ def start_run(state: Path, out: Path, settings: Mapping[str, Any]) -> None:
     config = Config.parse(settings)
     state, out = state.resolve(), out.resolve()
     _check_answers(state)
-    chosen = {key: value for key, value in config.flat().items() if key in settings}
+    given = {key.replace("_", "-") for key in settings}
+    chosen = {key: _place(key, value) for key, value in config.flat().items() if key in given}
     chosen |= {"out": str(out), "resume": True}
     file = state / "work" / f"run-{os.getpid()}.toml"
-    write_bytes(file, "".join(f"{k} = {json.dumps(v)}\n" for k, v in chosen.items()).encode())
+    with _disk(state):
+        file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in chosen.items()))
     try:
-        said = _flwr(
-            state, "run", str(_app()), _CONNECTION, f"--run-config={file}", "--format=json"
-        )
+        answer = _flwr(state, "run", str(_app()), _CONNECTION, f"--run-config={file}")
     finally:
         file.unlink()
-    run = str(json.loads(said[said.index("{") :])["run-id"])
+    run = str(answer["run-id"])
     print(f"run {run}", flush=True)
     try:
         subprocess.run(
@@ -145,18 +147,33 @@ def start_run(state: Path, out: Path, settings: Mapping[str, Any]) -> None:
     print(f"report  {out / 'report.html'}")
 
 
+def _place(key: str, value: Any) -> Any:
+    """Return a path as one that holds in any folder: the ServerApp works in another."""
+    if key in ("data", "prior", "proxy", "calibration") and value != "digits":
+        return str(Path(value).resolve()) if value and Path(value).exists() else value
+    return value
+
+
 def _status(state: Path, run: str) -> str:
     """Return what the SuperLink says of a run; the log's stream may end before the run does."""
     while True:
-        said = _flwr(state, "list", _CONNECTION, f"--run-id={run}", "--format=json")
-        status: str = json.loads(said[said.index("{") :])["runs"][0]["status"]
+        answer = _flwr(state, "list", _CONNECTION, f"--run-id={run}")
+        status: str = answer["runs"][0]["status"]
         if status.startswith("finished"):
             return status
         time.sleep(2)
 
 
-def _lock(state: Path) -> None:
-    handle = os.open(state / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+@contextmanager
+def _disk(state: Path) -> Iterator[None]:
+    """As `common.store.disk_errors`, without torch, which a SuperLink has no use for."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot write in {state}: {error.strerror or error}") from None
+
+
+def _lock(handle: int, state: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -193,7 +210,7 @@ def _check_answers(state: Path) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            _flwr(state, "list", _CONNECTION, "--limit=1", "--format=json")
+            _flwr(state, "list", _CONNECTION, "--limit=1")
             return
         except FallowError:
             if time.monotonic() > deadline:
@@ -201,14 +218,21 @@ def _check_answers(state: Path) -> None:
             time.sleep(2)
 
 
-def _flwr(state: Path, *arguments: str) -> str:
+def _flwr(state: Path, *arguments: str) -> dict[str, Any]:
+    """Run flwr, asked for JSON, and return its answer."""
     done = subprocess.run(
-        _command(*arguments), env=_environment(state), capture_output=True, text=True, check=False
+        _command(*arguments, "--format=json"),
+        env=_environment(state),
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    if done.returncode != 0 or '"success": false' in done.stdout:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise FallowError(f"flwr {arguments[0]}: {' '.join(said[-3:]) or done.returncode}")
-    return done.stdout
+    start = done.stdout.find("{")
+    answer = json.loads(done.stdout[start:]) if start >= 0 else {}
+    if done.returncode != 0 or not answer.get("success", True):
+        said = (answer.get("error-message") or done.stdout + done.stderr).strip().splitlines()
+        raise FallowError(f"flwr {arguments[0]}: {said[-1] if said else done.returncode}")
+    return answer
 
 
 def _command(*arguments: str) -> list[str]:

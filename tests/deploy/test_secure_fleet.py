@@ -102,6 +102,7 @@ def test_the_proxy_passes_nothing_but_the_fleet_and_health(proxy: int, certs: Pa
         "/openapi.json",
     ]
     assert {path: ask(proxy, path, ca) for path in refused} == dict.fromkeys(refused, 403)
+    assert ask(proxy, "/health", ca, method="GET") == 200
     assert ask(proxy, "/v1/fleet/pull-messages", ca) == 401  # it got there: no key was shown
     assert ask(proxy, "/v1/fleet/pull-messages", ca, size=17 * 2**20) == 413
 

@@ -64,12 +64,15 @@ class Fleet:
         return [*command, *assignments({"data": "digits", **settings})]
 
     def device(
-        self, number: int, address: str | None = None, flags: list[str] | None = None
+        self,
+        number: int,
+        address: str | None = None,
+        flags: list[str] | None = None,
+        of: int = 2,
     ) -> Process:
-        """Start device `number` of two."""
-        command = device_command(
-            number, address or f"127.0.0.1:{self.port}", self.folder, flags or ["--insecure"]
-        )
+        """Start device `number` of so many."""
+        address = address or f"127.0.0.1:{self.port}"
+        command = device_command(number, address, self.folder, flags or ["--insecure"], of)
         return self.start(f"device-{number}", command)
 
     def secure_device(self, number: int, name: str, port: int) -> Process:

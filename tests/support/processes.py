@@ -153,9 +153,11 @@ def process(name: str, folder: Path, command: list[str], **environment: str) -> 
         started.end()
 
 
-def device_command(number: int, address: str, folder: Path, flags: list[str]) -> list[str]:
-    """Return how simulated device `number` of two is started."""
-    config = f"partition-id={number} num-partitions=2 cache='{folder / 'cache'}-{number}'"
+def device_command(
+    number: int, address: str, folder: Path, flags: list[str], of: int = 2
+) -> list[str]:
+    """Return how simulated device `number` of so many is started."""
+    config = f"partition-id={number} num-partitions={of} cache='{folder / 'cache'}-{number}'"
     command = ["flower-supernode", *flags, "--superlink", address]
     return [*command, "--port", str(free_port()), "--node-config", config]
 

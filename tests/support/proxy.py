@@ -42,15 +42,20 @@ def nginx_command(folder: Path, name: str, certs: Path, changes: dict[str, str])
 
 
 def ask(
-    port: int, path: str, ca: Path, client: tuple[Path, Path] | None = None, size: int = 0
+    port: int,
+    path: str,
+    ca: Path,
+    client: tuple[Path, Path] | None = None,
+    size: int = 0,
+    method: str = "POST",
 ) -> int:
-    """POST `size` bytes over TLS; returns the HTTP status."""
+    """Ask over TLS, with a body of `size` bytes; returns the HTTP status."""
     context = ssl.create_default_context(cafile=str(ca))
     if client is not None:
         context.load_cert_chain(*client)
     connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=30)
     try:
-        connection.putrequest("POST", path, skip_accept_encoding=True)
+        connection.putrequest(method, path, skip_accept_encoding=True)
         connection.putheader("Content-Type", "application/x-protobuf")
         connection.putheader("Content-Length", str(size))
         connection.endheaders()
