@@ -21,15 +21,16 @@ from processes import (
     wait_for,
 )
 
-# Fewer rounds than TINY: look, grow, weigh, consolidate, judge. Nobody is left behind: a round
+# Fewer rounds than TINY: grow, weigh, consolidate, judge. Nobody is left behind: a round
 # counts only if both devices took part, so that what comes out can be compared to the byte.
 FAST = {
     **TINY,
+    "shift": "never",
     "rounds": "1",
     "consolidate-rounds": "1",
     "quorum": "1.0",
     "repeats": "20",
-    "node-timeout": "240",
+    "node-timeout": "600",
 }
 
 
@@ -89,7 +90,7 @@ class Fleet:
         path = self.out / "rounds.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
-    def wait_for_round(self, number: int, run: Process, seconds: float = 240) -> None:
+    def wait_for_round(self, number: int, run: Process, seconds: float = 1200) -> None:
         """Wait until so many rounds are on disk; fail at once if the run has ended."""
 
         def look() -> bool:
@@ -98,7 +99,7 @@ class Fleet:
 
         until(look, seconds, f"round {number} did not come: {self.told()}")
 
-    def wait_for_work(self, device: Process, seconds: float = 120) -> None:
+    def wait_for_work(self, device: Process, seconds: float = 600) -> None:
         """Wait until a device's process works on a message."""
 
         def look() -> bool:

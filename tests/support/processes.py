@@ -188,7 +188,7 @@ def server_app(superlink: Process) -> int:
         found = [p for p, line in descendants(superlink.pid).items() if "flwr-serverapp" in line]
         return found[0] if found else None
 
-    return until(look, 60, "no ServerApp process")
+    return until(look, 300, "no ServerApp process")
 
 
 def until(look: Callable[[], T | None], seconds: float, problem: str) -> T:
@@ -214,7 +214,7 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
-    for _ in range(240):
+    for _ in range(1200):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return

@@ -56,7 +56,7 @@ def ask(
     connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=30)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
-        connection.putheader("Content-Type", "application/x-protobuf")
+        connection.putheader("Content-Type", "application/protobuf")
         connection.putheader("Content-Length", str(size))
         connection.endheaders()
         if size and size < 1_000_000:
