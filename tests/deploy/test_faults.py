@@ -7,14 +7,13 @@ a seed; what happens at them depends on the machine, and has to come out the sam
 import json
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from fleet import FAST, Fleet, Wire, cut_power, fleet
+from fleet import FAST, Wire, cut_power, fleet
 from processes import (
-    ENVIRONMENT,
+    Process,
     attempt,
     digests,
     kill,
@@ -30,8 +29,17 @@ LONG = 1200
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return digests(simulate("inline", tmp_path_factory.mktemp("undisturbed") / "out", FAST))
+def paced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
+    """Return what an undisturbed run ends in, and the seconds that it takes here."""
+    began = time.monotonic()
+    out = simulate("inline", tmp_path_factory.mktemp("undisturbed") / "out", FAST)
+    return digests(out), time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def undisturbed(paced: tuple[dict[str, str], float]) -> dict[str, str]:
+    """Return what everything here has to end in."""
+    return paced[0]
 
 
 @pytest.mark.slow
@@ -51,21 +59,21 @@ def test_whatever_is_killed_once_changes_no_byte(
         kill(server_app(superlink))
         assert run.wait(LONG) == 1
         assert "goes on with it" in run.said()
-        acknowledged = lines(it)
+        acknowledged = lines(it.out)
         run = it.run(FAST)
         it.wait_for_round(len(acknowledged) + 1, run)
-        assert lines(it)[: len(acknowledged)] == acknowledged
+        assert lines(it.out)[: len(acknowledged)] == acknowledged
 
         superlink.kill()
         assert run.wait(LONG) == 1
-        acknowledged = lines(it)
+        acknowledged = lines(it.out)
         it.serve()
         run = it.run(FAST)
         it.wait_for_work(devices[1])
         cut_power(devices[1])
         it.device(1)
         assert run.wait(LONG) == 0, it.told()
-        assert lines(it)[: len(acknowledged)] == acknowledged
+        assert lines(it.out)[: len(acknowledged)] == acknowledged
         assert digests(it.out) == undisturbed
 
 
@@ -74,28 +82,24 @@ def test_whatever_is_killed_once_changes_no_byte(
     "times", [2, pytest.param(20, marks=pytest.mark.chaos)], ids=["twice", "20-times"]
 )
 def test_a_server_killed_at_random_points_ends_in_the_same_bytes(
-    times: int, undisturbed: dict[str, str], tmp_path: Path
+    times: int, paced: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
     """The server's process with simulated devices: a kill costs seconds, so there are many."""
+    undisturbed, seconds = paced
     out, draw = tmp_path / "out", random.Random(7)
     command = [*simulate_command("inline", out, {**FAST, "workers": "1"}), "--resume"]
-    began = time.monotonic()
-    simulate("inline", tmp_path / "paced", FAST)
-    length = time.monotonic() - began
     killed = 0
     while killed < times:
-        started = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            started.wait(draw.uniform(0.05, 1.0) * length)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            killed += 1
-        assert started.wait() in (0, -signal.SIGKILL)
-        if started.returncode == 0 and killed < times:  # the run is over: the next one begins
+        started = Process(f"server-{killed}", tmp_path, command)
+        acknowledged = lines(out)
+        if started.ended_within(draw.uniform(0.1, 1.0) * seconds):
+            assert started.code() == 0, started.said()
             assert digests(out) == undisturbed
-            out.rename(tmp_path / f"done-{killed}")
+            out.rename(tmp_path / f"complete-{killed}")  # another run for the kills to come
+            continue
+        started.kill()
+        killed += 1
+        assert lines(out)[: len(acknowledged)] == acknowledged
     done = attempt(command)
     assert done.returncode == 0, done.stderr
     assert digests(out) == undisturbed
@@ -115,10 +119,10 @@ def test_a_server_app_killed_again_and_again(undisturbed: dict[str, str], tmp_pa
             while run.code() is None and time.monotonic() < deadline:
                 time.sleep(0.2)
             if run.code() is None:
-                acknowledged = lines(it)
+                acknowledged = lines(it.out)
                 kill(pid)
                 assert run.wait(LONG) == 1
-                assert lines(it)[: len(acknowledged)] == acknowledged
+                assert lines(it.out)[: len(acknowledged)] == acknowledged
         assert it.run(FAST).wait(LONG) == 0, it.told()
         assert digests(it.out) == undisturbed
 
@@ -135,10 +139,10 @@ def test_a_superlink_killed_again_and_again(undisturbed: dict[str, str], tmp_pat
             deadline = time.monotonic() + draw.uniform(5, 60)
             while run.code() is None and time.monotonic() < deadline:
                 time.sleep(0.2)
-            acknowledged = lines(it)
+            acknowledged = lines(it.out)
             superlink.kill()
             assert run.wait(LONG) in (0, 1)
-            assert lines(it)[: len(acknowledged)] == acknowledged
+            assert lines(it.out)[: len(acknowledged)] == acknowledged
             superlink = it.serve()
         assert it.run(FAST).wait(LONG) == 0, it.told()
         assert digests(it.out) == undisturbed
@@ -173,7 +177,7 @@ def test_a_round_goes_on_without_a_device_that_never_comes_back(tmp_path: Path) 
         cut_power(devices[1])
         assert run.wait(LONG) == 0, it.told()
         assert status(it.out) == "complete"
-        used = [json.loads(line)["devices_used"] for line in lines(it)]
+        used = [json.loads(line)["devices_used"] for line in lines(it.out)]
         assert used[-1] == 1
         assert len(used) == 4
 
@@ -214,7 +218,7 @@ def test_a_device_that_hangs_and_goes_on(undisturbed: dict[str, str], tmp_path: 
         assert digests(it.out) == undisturbed
 
 
-def lines(it: Fleet) -> list[str]:
+def lines(out: Path) -> list[str]:
     """Return the rounds that are on disk."""
-    path = it.out / "rounds.jsonl"
+    path = out / "rounds.jsonl"
     return path.read_text().splitlines() if path.exists() else []

@@ -126,6 +126,13 @@ class Process:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} goes on: {self.said()[-3000:]}") from None
 
+    def ended_within(self, seconds: float) -> bool:
+        try:
+            self._started.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def signal(self, number: int) -> None:
         self._started.send_signal(number)
 
