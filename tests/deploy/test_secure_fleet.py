@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fleet import FAST, Fleet, fleet
-from processes import ROOT, attempt, digests, free_port, run, simulate, until, wait_for
+from processes import ROOT, Process, attempt, digests, free_port, run, simulate, until, wait_for
 from proxy import ask, nginx_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -74,16 +74,24 @@ def forwarder(secure: Fleet, certs: Path, proxy: int) -> int:
     return port
 
 
+@pytest.fixture(scope="module")
+def devices(secure: Fleet, proxy: int, forwarder: int) -> tuple[Process, Process]:
+    """Return two devices that are connected, the second by a proxy of its own."""
+    north = secure.secure_device(0, DEVICES[0], proxy)
+    south = secure.secure_device(1, DEVICES[1], forwarder)
+    log = secure.folder / "superlink.log"
+    connected = "no two devices connect"
+    until(lambda: log.read_text().count("Activated node") >= 2, 600, connected)
+    return north, south
+
+
 def test_a_whole_run_passes_through_the_proxies(
-    secure: Fleet, proxy: int, forwarder: int, tmp_path: Path
+    secure: Fleet, devices: tuple[Process, Process], tmp_path: Path
 ) -> None:
-    first = secure.secure_device(0, DEVICES[0], proxy)
-    second = secure.secure_device(1, DEVICES[1], forwarder)
     going = secure.run(FAST)
     assert going.wait(1500) == 0, secure.told()
     assert digests(secure.out) == digests(simulate("inline", tmp_path / "inline", FAST))
-    assert first.code() is None
-    assert second.code() is None
+    assert [device.code() for device in devices] == [None, None]
 
 
 def test_the_proxy_passes_nothing_but_the_fleet_and_health(proxy: int, certs: Path) -> None:
@@ -126,8 +134,8 @@ def test_a_client_certificate_has_to_be_of_our_ca_and_not_revoked(
     assert ask(proxy, path, ca, client(tmp_path / "other" / "devices" / "north")) == 400
 
 
+@pytest.mark.usefixtures("devices")
 def test_unknown_and_duplicate_keys_are_refused(secure: Fleet, proxy: int, certs: Path) -> None:
-    """The devices of the run above still work: `north` is there already."""
     for name in ("stranger", "north"):
         flags = secure.device_flags(name)
         refused = secure.start(f"again-{name}", _supernode(proxy, flags))
@@ -144,9 +152,9 @@ def test_unknown_and_duplicate_keys_are_refused(secure: Fleet, proxy: int, certs
 
 
 def test_a_revoked_device_is_out_at_once_and_stays_out(
-    secure: Fleet, proxy: int, certs: Path
+    secure: Fleet, proxy: int, certs: Path, devices: tuple[Process, Process]
 ) -> None:
-    (south,) = [p for p in secure.running() if p.name == "device-1"]
+    _, south = devices
     run([CERTS, "revoke", str(certs), "south", str(secure.state)])
     assert "south  revoked" in run([CERTS, "list", str(certs)])
     until(lambda: south.code() is not None, 300, f"south goes on: {south.said()[-2000:]}")
@@ -155,21 +163,13 @@ def test_a_revoked_device_is_out_at_once_and_stays_out(
     assert "Failed to initialize the connection" in again.said()
     (nginx,) = [p for p in secure.running() if p.name == "nginx"]
     nginx.signal(signal.SIGHUP)
-    mine = certs / "devices" / "south"
-    code = until(
-        lambda: (
-            ask(
-                proxy,
-                "/v1/fleet/pull-messages",
-                certs / "server" / "ca.crt",
-                (mine / "client.crt", mine / "client.key"),
-            )
-            == 400
-        ),
-        20,
-        "nginx lets a revoked certificate in",
-    )
-    assert code
+    ca, mine = certs / "server" / "ca.crt", certs / "devices" / "south"
+    client = (mine / "client.crt", mine / "client.key")
+
+    def refused() -> bool:
+        return ask(proxy, "/v1/fleet/pull-messages", ca, client) == 400
+
+    until(refused, 20, "nginx lets a revoked certificate in")
 
 
 def test_a_second_server_on_one_state_folder_is_refused(secure: Fleet) -> None:
