@@ -22,6 +22,7 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "support"))
@@ -41,15 +42,14 @@ SETTINGS = {**FAST, "devices": "1", "rounds": "3", "consolidate-rounds": "3", "w
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--starts-only", action="store_true", help="leave out the run")
     options = parser.parse_args()
-    starts = {name: [] for name in STARTS}
+    starts: dict[str, list[float]] = {name: [] for name in STARTS}
     for _ in range(options.repeats + 1):
         for name, code in STARTS.items():
             starts[name].append(start_seconds(code))
     medians = {name: statistics.median(times[1:]) for name, times in starts.items()}  # first: cold
-    messages, rounds = run_seconds()
-    median = statistics.median(messages)
-    result = {
+    result: dict[str, Any] = {
         "start_cpu_seconds": {
             name: [round(s, 3) for s in times[1:]] for name, times in starts.items()
         },
@@ -57,24 +57,28 @@ def main() -> None:
         "clientapp_over_torch": round(medians["clientapp"] / medians["torch"], 3),
         # What Flower's own imports cost is not ours: torch and fallow on top of them.
         "fallow_over_torch": round((medians["clientapp"] - medians["flwr"]) / medians["torch"], 3),
-        "messages": len(messages),
-        "message_cpu_seconds": [round(s, 2) for s in messages],
-        "message_median": round(median, 3),
-        "start_share_of_a_message": round(medians["clientapp"] / median, 3),
-        "rounds": rounds,
-        "settings": SETTINGS,
         "versions": {n: version(n) for n in ("flwr", "torch", "numpy")}
         | {"python": platform.python_version()},
     }
-    (HERE / "results" / "process-cost.json").write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"start: Python {medians['python']:.2f} s, torch {medians['torch']:.2f} s, Flower "
         f"{medians['flwr']:.2f} s, ClientApp {medians['clientapp']:.2f} s: "
         f"{result['clientapp_over_torch']:.2f} x torch, without Flower "
-        f"{result['fallow_over_torch']:.2f} x\n"
-        f"{len(messages)} messages: {median:.2f} s each, of which the start is "
-        f"{result['start_share_of_a_message']:.0%}"
+        f"{result['fallow_over_torch']:.2f} x"
     )
+    if not options.starts_only:
+        messages, rounds = run_seconds()
+        median = statistics.median(messages)
+        share = medians["clientapp"] / median
+        result["run"] = {
+            "settings": SETTINGS,
+            "rounds": rounds,
+            "message_cpu_seconds": [round(s, 2) for s in messages],
+            "message_median": round(median, 3),
+            "start_share_of_a_message": round(share, 3),
+        }
+        print(f"{len(messages)} messages: {median:.2f} s each, {share:.0%} of it the start")
+    (HERE / "results" / "process-cost.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def start_seconds(code: str) -> float:
