@@ -192,6 +192,43 @@ def bench(
 
 
 @app.command()
+def serve(
+    state: Annotated[Path, typer.Argument(help="Folder of what the SuperLink keeps.")],
+    certs: Annotated[
+        Path | None, typer.Option(help="Server folder of deploy/certs: TLS and device keys.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 8000,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Neither TLS nor keys: to try things out.")
+    ] = False,
+) -> None:
+    """Start the SuperLink of a real fleet, on loopback (see deploy/README.md)."""
+    from server.serve import serve as become_superlink
+
+    if insecure == (certs is not None):
+        raise ConfigError(
+            "insecure and certs exclude one another: leave one out"
+            if insecure
+            else "certs is not set: name the server folder of deploy/certs, or say --insecure"
+        )
+    become_superlink(state, certs, port)
+
+
+@app.command()
+def run(
+    state: Annotated[Path, typer.Argument(help="Folder of a SuperLink (`fallow serve`).")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; a begun one is gone on with.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: KEY=VALUE.")
+    ] = None,
+) -> None:
+    """Run the whole cycle with the devices of a SuperLink, or go on with it."""
+    from server.serve import start_run
+
+    start_run(state, out, _assignments(settings or []))
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default."""
     table = Table("setting", "default", "meaning")

@@ -37,7 +37,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "wire.json"
-sys.path.insert(0, str(HERE.parent / "server"))
+sys.path.insert(0, str(HERE.parent / "support"))
 
 from superlink import superlink_run
 
@@ -87,10 +87,10 @@ def traffic(options: argparse.Namespace) -> dict[str, Any]:
     """Play a step and some dense rounds, and compare what Flower counted."""
     rounds = {"rounds": options.rounds, "consolidate-rounds": options.consolidate_rounds}
     with tempfile.TemporaryDirectory() as folder:
-        ours = superlink_run({**STEP, **ROWS, **rounds}, Path(folder) / "ours", 3600)
+        ours = superlink_run({**STEP, **ROWS, **rounds}, Path(folder) / "ours")
         print(f"up {ours.up}, down {ours.down} as Flower counted", flush=True)
         dense = superlink_run(
-            {**STEP, **DENSE, "rounds": options.dense_rounds}, Path(folder) / "dense", 3600
+            {**STEP, **DENSE, "rounds": options.dense_rounds}, Path(folder) / "dense"
         )
         trained = options.rounds + options.consolidate_rounds
         scale = trained / options.dense_rounds

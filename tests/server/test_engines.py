@@ -1,25 +1,12 @@
 """The same run on three engines, and with real server and device processes."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
-from superlink import BIN, ROOT, run, superlink_run
+from processes import ROOT, TINY, digests, run, simulate
+from superlink import superlink_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-TINY = {
-    "net": "resnet8",
-    "width": "8",
-    "devices": "2",
-    "steps": "1",
-    "rounds": "2",
-    "prior-epochs": "3",
-    "freeing-epochs": "2",
-    "consolidate-rounds": "2",
-    "max-drop": "1.0",
-    "accept-drop": "1.0",
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +37,3 @@ def test_a_superlink_and_two_supernodes_give_the_inline_engines_bytes(
     for way, flower in (("up", done.up), ("down", done.down)):
         ours = done.counted(way)
         assert ours < flower < 1.05 * ours + 4000 * messages, way
-
-
-def simulate(engine: str, out: Path) -> Path:
-    given = [f"--{key}={TINY[key]}" for key in ("net", "width", "devices", "steps", "rounds")]
-    others = [f"--set={k}={v}" for k, v in TINY.items() if f"--{k}={v}" not in given]
-    command = [str(BIN / "fallow"), "simulate", "--data=digits", f"--engine={engine}"]
-    run([*command, *given, *others, "--out", str(out)])
-    return out
-
-
-def digests(out: Path) -> dict[str, str]:
-    """Return the digest of every model that a run published."""
-    files = [p for p in sorted((out / "models").rglob("*")) if p.is_file()]
-    assert len(files) >= 6, f"{out} has only {files}"
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }

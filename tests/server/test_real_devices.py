@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from leaks import Secret, find_images
-from processes import BIN, ROOT, free_port, process, recorded, run, wait_for
+from processes import BIN, ROOT, free_port, process, run, wait_for
+from recorded import recorded
 from test_traffic import png
 
 from common.data import open_source
