@@ -58,6 +58,13 @@ class Config(BaseModel):
     workers: Whole = Field(0, description="worker processes of the inline engine; 0 = one a core")
     accelerator: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     amp: bool = Field(False, description="train in bfloat16 mixed precision")
+    lean: bool = Field(
+        False, description="scope rows: half the memory of a training step, for more time"
+    )
+    cache_mib: Whole = Field(
+        0,
+        description="scope rows, crop 0: most MiB of kept activations held from epoch to epoch",
+    )
 
     # data
     data: str = Field("digits", description="'digits', a folder or a file (see README, Data)")
@@ -304,7 +311,7 @@ class Config(BaseModel):
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
 
-NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}
+NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator", "lean"}
 
 
 def _explain(problem: Any) -> str:

@@ -126,9 +126,11 @@ USERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def regrown(net: nn.Module, side: int, share: float, graph: FilterGraph | None = None) -> Step:
+def regrown(
+    net: nn.Module, side: int, share: float, graph: FilterGraph | None = None, seed: int = 0
+) -> Step:
     """Return the net after some training, a share of each layer freed and drawn anew."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -188,9 +190,11 @@ def gradients(twin: Twin, net: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in carrier.named_parameters()}
 
 
-def assert_same_step(net: nn.Module, graph: FilterGraph, free: FreeSet, tolerance: float) -> None:
+def assert_same_step(
+    net: nn.Module, graph: FilterGraph, free: FreeSet, tolerance: float, *, lean: bool = False
+) -> None:
     """Logits of both, all gradients and running statistics of one training step agree."""
-    twin = Twin(net, graph, free)
+    twin = Twin(net, graph, free, lean=lean)
     data = images(graph, 6, next(net.parameters()).dtype)
     rows = scope_layout("rows", graph, free, read_state(net))
     prior = cut(net, graph, free).eval()
@@ -259,6 +263,23 @@ def test_any_kernel_stride_padding_and_dilation_is_followed(
     net = Shapes(width, bias=bias, depthwise=depthwise, last=last)
     net, graph, free = regrown(net, 26, share)
     assert_same_step(net.double(), graph, free, tolerance=1e-9)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    name=st.sampled_from(sorted(NETS)),
+    share=st.floats(0.02, 0.9),
+    seed=st.integers(0, 2**16),
+    lean=st.booleans(),
+)
+def test_any_free_set_of_any_net_gives_the_step_of_the_masked_net(
+    name: str, share: float, seed: int, lean: bool
+) -> None:
+    net, graph = _net(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net, graph, free = regrown(copy.deepcopy(net), 0, share, graph, seed)
+    assert_same_step(net.double(), graph, free, tolerance=1e-9, lean=lean)
 
 
 @pytest.mark.parametrize("name", NETS)
