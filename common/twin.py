@@ -104,6 +104,7 @@ class Twin(nn.Module):
                 taught, logits = evaluate(self._ops, Halves(x, None))
         elif self._front and learning:
             freed, kept = Again.apply(self.weights, self.scales, self._first, x)  # type: ignore[no-untyped-call]
+            self._point()  # what was pointed at inside has no gradient
             middle, number = Halves(kept, freed), self._ops[self._front - 1].number
             taught, logits = evaluate(self._ops[self._front :], middle, number)
         else:
@@ -116,9 +117,7 @@ class Twin(nn.Module):
         """Run the operations that a lean twin repeats, with these values of its parameters."""
         self._point(weights, scales)
         with self._passing(again=again):
-            middle = evaluate(self._ops[: self._front], Halves(x, None))
-        self._point()
-        return middle
+            return evaluate(self._ops[: self._front], Halves(x, None))
 
     @torch.no_grad()
     def _kept(self, x: Tensor) -> list[Tensor]:

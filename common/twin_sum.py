@@ -61,8 +61,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> 
     """Return the gradient [F, C, h, w] of the filters `weight` on `x`, whose output had `gradient`.
 
     With filters that do not fill the last vector the two change places: correlating them gives
-    the same sums, mirrored, and the kernels pay for full vectors of output channels alone. Not with several threads: oneDNN
-    was then seen to write out of bounds.
+    the same sums, mirrored, and the kernels pay for full vectors of output channels alone.
+    With several threads they do not: oneDNN was then seen to write out of bounds.
     """
     stride, padding, dilation, _ = conv
     x = x.to(gradient.dtype)

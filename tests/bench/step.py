@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=18.0, help="for each net and batch size")
     parser.add_argument("--accelerator", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--amp", action="store_true", help="forward passes in bfloat16")
+    parser.add_argument("--nets", nargs="+", default=NETS)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--peaks", nargs="*", default=["resnet18"], help="nets, at batch 32")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--peak", nargs=3, metavar=("NET", "BATCH", "VARIANT"), help="internal")
@@ -85,9 +87,9 @@ def main() -> None:
         print(peak_here(name, int(batch), variant, accelerator))
         return
     rows = []
-    for name in NETS:
+    for name in options.nets:
         grown = {share: regrown(name, share) for share in SHARES}
-        for batch in BATCHES:
+        for batch in options.batches:
             peaks = name in options.peaks and batch == BATCHES[0]
             rows += measure(name, batch, grown, options.seconds, accelerator, peaks=peaks)
             print(f"{name}, batch {batch}: done", file=sys.stderr, flush=True)
@@ -316,16 +318,15 @@ def table(rows: list[dict]) -> str:
         "| net | batch | plain | " + " | ".join(variants) + " |",
         "|---" * (len(variants) + 3) + "|",
     ]
-    for name in NETS:
-        for batch in BATCHES:
-            case = {r["variant"]: r for r in rows if (r["net"], r["batch"]) == (name, batch)}
-            keys = ("time_ratio", "cpu_time_ratio", "saved_ratio", "peak_ratio")
-            cells = [
-                " ".join("-" if case[v][key] is None else f"{case[v][key]:.2f}" for key in keys)
-                for v in variants
-            ]
-            plain_ms = f"{case['plain']['milliseconds']:.0f} ms"
-            lines.append(f"| {name} | {batch} | {plain_ms} | " + " | ".join(cells) + " |")
+    for name, batch in dict.fromkeys((r["net"], r["batch"]) for r in rows):
+        case = {r["variant"]: r for r in rows if (r["net"], r["batch"]) == (name, batch)}
+        keys = ("time_ratio", "cpu_time_ratio", "saved_ratio", "peak_ratio")
+        cells = [
+            " ".join("-" if case[v][key] is None else f"{case[v][key]:.2f}" for key in keys)
+            for v in variants
+        ]
+        plain_ms = f"{case['plain']['milliseconds']:.0f} ms"
+        lines.append(f"| {name} | {batch} | {plain_ms} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.config import Config
 from common.errors import ConfigError
 
-NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator"}
+NOT_THE_RESULT = {"workers", "node_timeout", "round_timeout", "repeats", "accelerator", "lean"}
 
 # Another good value for every setting whose type alone does not give one.
 OTHERS: dict[str, Any] = {
