@@ -60,7 +60,7 @@ bench: env ## reproduce the tables of the README (DATA=folder with CIFAR-10; 15 
 	$(BIN)/python tests/bench/main_job.py --case four-steps
 	$(BIN)/python tests/bench/main_job.py --case two-steps --data $(DATA)
 
-bench-step: env ## time of a device's training step, as ratios (five minutes)
+bench-step: env ## time and memory of a device's training step, as ratios (ten minutes)
 	$(BIN)/python tests/bench/step.py
 
 clean: ## remove what was built
