@@ -196,7 +196,10 @@ class Again(torch.autograd.Function):
         ctx: Any, weights: Tensor, scales: Tensor, run: Callable[..., Halves], x: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.save_for_backward(weights, scales, x)
-        ctx.run = run
+        ctx.run, kind = run, x.device.type
+        ctx.mixed = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
         middle = run(weights, scales, x, again=False)
         ctx.mark_non_differentiable(middle.kept)
         return middle.freed, middle.kept
@@ -204,7 +207,7 @@ class Again(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         weights, scales, x = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.mixed:
             copies = [t.detach().requires_grad_() for t in (weights, scales)]
             freed = ctx.run(*copies, x, again=True).freed
         return *torch.autograd.grad(freed, copies, gradients[0]), None, None

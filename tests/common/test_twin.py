@@ -370,9 +370,10 @@ def saved(model: nn.Module, x: Tensor) -> int:
     return sum(sizes.values())
 
 
-def test_it_runs_in_bfloat16_under_autocast() -> None:
+@pytest.mark.parametrize("lean", [False, True])
+def test_it_runs_in_bfloat16_under_autocast(lean: bool) -> None:
     net, graph, free = step("mobilenetv2")
-    twin, data = Twin(net, graph, free), images(graph, 4)
+    twin, data = Twin(net, graph, free, lean=lean), images(graph, 4)
     with torch.autocast("cpu", torch.bfloat16):
         logits = twin(data.x)
     F.cross_entropy(logits.float(), data.y).backward()
