@@ -73,7 +73,7 @@ bench-sim: env ## simulation against Ray and pfl, and by the number of devices (
 bench-wire: env ## bytes of a step on a real SuperLink against dense FedAvg (half an hour)
 	$(BIN)/python tests/bench/wire.py
 
-bench-step: env ## time of a device's training step, as ratios (five minutes)
+bench-step: env ## time and memory of a device's training step, as ratios (ten minutes)
 	$(BIN)/python tests/bench/step.py
 
 clean: ## remove what was built

@@ -61,7 +61,9 @@ def make_app(settings: Mapping[str, Any] | None = None, cache: str | None = None
                         f"the server asks for net '{order.net.name}', this device's settings "
                         f"name '{config.net}': set net to it on the device if you trust it"
                     )
-                accelerator = Accelerator.pick(config.accelerator, config.amp)
+                accelerator = Accelerator.pick(
+                    config.accelerator, config.amp, lean=config.lean, cache_mib=config.cache_mib
+                )
                 report, update = device.carry_out(
                     order, _arrays(message), _bases(context, cache), accelerator
                 )

@@ -328,7 +328,7 @@ def _train(
     # less time; without this step's filters the grown model is its kept part.
     before_step = check
     teaching = order.teaching
-    twin = _twin(order, student, graph)
+    twin = _twin(order, student, graph, accelerator)
     if order.phase == "grow":
         if teaching.teacher == "none" or not (teaching.weight or teaching.ntd_weight):
             teachers = []
@@ -420,7 +420,9 @@ def _kept_part(order: Order, base_net: nn.Module, graph: FilterGraph) -> nn.Modu
     return WORKSHOP.once(key, lambda: cut(base_net, graph, kept))
 
 
-def _twin(order: Order, student: nn.Module, graph: FilterGraph) -> Twin | None:
+def _twin(
+    order: Order, student: nn.Module, graph: FilterGraph, accelerator: Accelerator
+) -> Twin | None:
     """Return `student` as a twin, which learns the same in less time, or None: train by masks."""
     if order.phase != "grow" or order.scope != "rows":
         return None
@@ -430,8 +432,12 @@ def _twin(order: Order, student: nn.Module, graph: FilterGraph) -> Twin | None:
     if order.rotations:
         _LOG.warning("rotations are learnt by masks: a twin has no features of its own")
         return None
+    cache = accelerator.cache_mib * 2**20
+    if cache and order.crop:
+        _LOG.warning("kept activations are not cached: crops (%d) do not come again", order.crop)
+        cache = 0
     try:
-        return Twin(student, graph, order.free_set())
+        return Twin(student, graph, order.free_set(), lean=accelerator.lean, cache_bytes=cache)
     except NetError as reason:  # also: kept filters read freed ones that were not regrown
         _LOG.warning("trained by masks, which costs more: %s", reason)
         return None

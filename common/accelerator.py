@@ -13,16 +13,21 @@ from common.errors import ConfigError
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A torch device and whether its forward passes run in bfloat16.
+    """A torch device, whether its forward passes run in bfloat16, and how a twin uses its memory.
 
-    bfloat16 needs no loss scaling, so the training loop is the same with and without.
+    bfloat16 needs no loss scaling, so the training loop is the same with and without. `lean` and
+    `cache_mib` are those of the settings (see `common.twin`).
     """
 
     device: torch.device
     amp: bool = False
+    lean: bool = False
+    cache_mib: int = 0
 
     @classmethod
-    def pick(cls, name: str = "auto", amp: bool = False) -> Accelerator:
+    def pick(
+        cls, name: str = "auto", amp: bool = False, *, lean: bool = False, cache_mib: int = 0
+    ) -> Accelerator:
         """Return the accelerator called `name`: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
         Raises
@@ -41,7 +46,7 @@ class Accelerator:
                 f"accelerator is '{name}', but torch sees {count or 'no'} CUDA device(s): use "
                 f"{'a lower number' if count else 'cpu'}"
             )
-        return cls(device, amp)
+        return cls(device, amp, lean, cache_mib)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes run."""

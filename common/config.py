@@ -59,6 +59,13 @@ class Config(BaseModel):
     workers: Whole = Field(0, description="worker processes of the inline engine; 0 = one a core")
     accelerator: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     amp: bool = Field(False, description="train in bfloat16 mixed precision")
+    lean: bool = Field(
+        False, description="scope rows: half the memory of a training step, for more time"
+    )
+    cache_mib: Whole = Field(
+        0,
+        description="scope rows, crop 0: most MiB of kept activations held from epoch to epoch",
+    )
 
     # data
     data: str = Field("digits", description="'digits', a folder or a file (see README, Data)")
@@ -485,6 +492,7 @@ NOT_THE_RESULT = {
     "round_timeout",
     "repeats",
     "accelerator",
+    "lean",
     "quarantine",
     "checkpoint_store",
     "metrics_port",
@@ -516,6 +524,7 @@ LATER = (
     "count_limit",
     "dp_clip",
     "dp_noise",
+    "cache_mib",
 )
 """Settings that came later: at their default they do not change the digest, which draws depend on,
 so that a run ends in the bytes that it always ended in."""

@@ -14,7 +14,7 @@ from common.sliced import Slices, sliced_forward, slices
 
 _MOST = 0.6
 """Share of filters and channels together beyond which slices cost as much as the whole gradient."""
-_LEAST = 64
+_LEAST = 128
 """Filters and channels below which they do, too."""
 
 

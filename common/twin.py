@@ -15,13 +15,12 @@ which reads both. It learns what the whole net would with all else frozen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import NetError
 from common.filters import FilterGraph, FreeSet, freed_index
@@ -104,20 +103,21 @@ class Twin(nn.Module):
             with self._passing(half="freed", noted=noted):
                 taught, logits = evaluate(self._ops, Halves(x, None))
         elif self._front and learning:
-            ops = self._ops[: self._front]
-            middle = checkpoint(
-                *(evaluate, ops, Halves(x, None)),
-                use_reentrant=False,
-                preserve_rng_state=False,
-                early_stop=False,  # its exception would pass through C++ that allows none
-                context_fn=lambda: (contextlib.nullcontext(), self._passing(again=True)),
-            )
-            taught, logits = evaluate(self._ops[self._front :], middle, ops[-1].number)
+            freed, kept = Again.apply(self.weights, self.scales, self._first, x)  # type: ignore[no-untyped-call]
+            self._point()  # what was pointed at inside has no gradient
+            middle, number = Halves(kept, freed), self._ops[self._front - 1].number
+            taught, logits = evaluate(self._ops[self._front :], middle, number)
         else:
             taught, logits = evaluate(self._ops, Halves(x, None))
         assert taught is not None
         assert logits is not None
         return taught, logits
+
+    def _first(self, weights: Tensor, scales: Tensor, x: Tensor, *, again: bool) -> Halves:
+        """Run the operations that a lean twin repeats, with these values of its parameters."""
+        self._point(weights, scales)
+        with self._passing(again=again):
+            return evaluate(self._ops[: self._front], Halves(x, None))
 
     @torch.no_grad()
     def _kept(self, x: Tensor) -> list[Tensor]:
@@ -155,9 +155,11 @@ class Twin(nn.Module):
                 values = part.own[leaf] if leaf in part.own else getattr(part, leaf)
                 tensor[index] = values.to(tensor)
 
-    def _point(self) -> None:
-        """Let the parts' tensors be slices of the flat parameters."""
-        for flat, trained in ((self.weights, self._decayed), (self.scales, self._undecayed)):
+    def _point(self, weights: Tensor | None = None, scales: Tensor | None = None) -> None:
+        """Let the parts' tensors be slices of the flat parameters, or of others like them."""
+        weights = self.weights if weights is None else weights
+        scales = self.scales if scales is None else scales
+        for flat, trained in ((weights, self._decayed), (scales, self._undecayed)):
             pieces = torch.split(flat.view(-1), [shape.numel() for _, _, shape in trained])
             for piece, (part, leaf, shape) in zip(pieces, trained, strict=True):
                 part.own[leaf] = piece.view(shape)
@@ -181,6 +183,34 @@ class Twin(nn.Module):
                 if leaf in cast(Part, part).places:
                     tensor = cast(Tensor, getattr(part, leaf))
                     yield Entry(f"parts.{name}.{leaf}", tuple(tensor.shape), kind, None)
+
+
+class Again(torch.autograd.Function):
+    """Runs the first part of a twin without holding anything, and again in the backward pass.
+
+    What torch.utils.checkpoint does, without the 800 modules (80 MB) that it loads.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, scales: Tensor, run: Callable[..., Halves], x: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(weights, scales, x)
+        ctx.run, kind = run, x.device.type
+        ctx.mixed = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
+        middle = run(weights, scales, x, again=False)
+        ctx.mark_non_differentiable(middle.kept)
+        return middle.freed, middle.kept
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weights, scales, x = ctx.saved_tensors
+        with torch.enable_grad(), ctx.mixed:
+            copies = [t.detach().requires_grad_() for t in (weights, scales)]
+            freed = ctx.run(*copies, x, again=True).freed
+        return *torch.autograd.grad(freed, copies, gradients[0]), None, None
 
 
 class Teacher(nn.Module):

@@ -62,11 +62,13 @@ def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> 
 
     With filters that do not fill the last vector the two change places: correlating them gives
     the same sums, mirrored, and the kernels pay for full vectors of output channels alone.
+    With several threads they do not: a crash was then seen, in which it is suspected.
     """
     stride, padding, dilation, _ = conv
     x = x.to(gradient.dtype)
     mirrored = [side - 1 - pad for side, pad in zip(weight.shape[2:], padding, strict=True)]
-    if not len(weight) % VECTOR or stride != [1, 1] or dilation != [1, 1] or min(mirrored) < 0:
+    as_it_is = not len(weight) % VECTOR or torch.get_num_threads() > 1
+    if as_it_is or stride != [1, 1] or dilation != [1, 1] or min(mirrored) < 0:
         return convolution_backward(gradient, x, weight, conv, 1).to(weight.dtype)
     swapped = weight.new_empty(weight.shape[1], len(weight), *weight.shape[2:])
     found = convolution_backward(x, gradient, swapped, (stride, mirrored, dilation, 1), 1)

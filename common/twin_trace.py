@@ -118,7 +118,8 @@ class Builder:
         overwritten = any(user in self._fresh for user in node.users) or any(
             _kind(user, self._modules) in _RECTIFIERS for user in node.users
         )
-        self._sizes.append((size, self._live == {number} and not overwritten))
+        whole = isinstance(value, Halves) and value.freed is not None
+        self._sizes.append((size, whole and self._live == {number} and not overwritten))
 
     def _run(self, node: fx.Node) -> Callable[..., Any]:
         """Return what computes `node`."""

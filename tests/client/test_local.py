@@ -251,6 +251,24 @@ def test_a_twin_learns_what_the_masked_net_does(
     assert report.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+def test_a_device_short_of_memory_or_with_much_of_it_learns_the_same(
+    world: World, images: ImageSet, bases: Bases, caplog: pytest.LogCaptureFixture
+) -> None:
+    def update(crop: int, **thrift: Any) -> np.ndarray:
+        order = world.order(scope="rows", lr=0.01, crop=crop)
+        accelerator = replace(CPU, **thrift)
+        found = carry_out(order, Arrays(), Own(images), bases, accelerator)[1]
+        assert found is not None
+        return found
+
+    expected = update(0)
+    assert update(0, lean=True).tobytes() == expected.tobytes()
+    np.testing.assert_allclose(update(0, cache_mib=64), expected, rtol=1e-5, atol=1e-5)
+    assert "not cached" not in caplog.text
+    assert update(1, cache_mib=64).tobytes() == update(1).tobytes()
+    assert "kept activations are not cached: crops (1) do not come again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "regrown", "message"),
     [

@@ -13,7 +13,7 @@ from common.config import Config
 from common.errors import ConfigError
 
 NOT_THE_RESULT = {
-    *("workers", "node_timeout", "round_timeout", "repeats", "accelerator"),
+    *("workers", "node_timeout", "round_timeout", "repeats", "accelerator", "lean"),
     *("quarantine", "checkpoint_store", "metrics_port", "metrics_host", "log"),
 }
 
