@@ -527,3 +527,20 @@ def test_differences_are_signed_points(share: float | None, text: str) -> None:
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_refused_updates_abandoned_rounds_and_late_answers_are_in_the_report() -> None:
+    admission = {
+        "mean": "trimmed",
+        "used": 70,
+        "late": 5,
+        "abandoned": 2,
+        "refused": [{"device": "device-<7>", "reason": "it is not finite", "count": 3}],
+    }
+    text = render_report({**sample_summary(), "admission": admission}, sample_rounds())
+    assert "averaged by the trimmed mean" in text
+    assert "abandoned: 2" in text
+    assert "round was over: 5" in text
+    assert "device-&lt;7&gt;" in text
+    assert "it is not finite" in text
+    assert "Refused updates" not in render_report(sample_summary(), sample_rounds())
