@@ -85,8 +85,8 @@ class Fleet:
             if here >= wanted and not (first and self._hellos):
                 return
             nodes = list(self._grid.get_node_ids())
-            hopeless = self._doubles and len(nodes) >= wanted and not self._hellos
-            if hopeless and len(self._names) + len(self._doubles) >= len(nodes):
+            heard = all(n in self._names or n in self._doubles for n in nodes)
+            if self._doubles and heard and len(nodes) >= wanted:
                 raise RoundError(f"{here} of {wanted} devices: {self._doubled()}")
             if time.monotonic() > deadline:
                 if here >= wanted:
@@ -126,9 +126,10 @@ class Fleet:
         self._hellos |= {i: (node, now) for i, node in zip(sent, nodes, strict=True)}
 
     def _forget_gone(self, nodes: set[int], before: float) -> None:
-        """Forget who left, and hellos that were never answered."""
+        """Forget who was replaced, and hellos that were never answered."""
         taken = {name for node, name in self._names.items() if node in nodes}
-        self._names = {n: name for n, name in self._names.items() if n in nodes}
+        # A node that lost its connection comes back as itself, unless its device has another now.
+        self._names = {n: c for n, c in self._names.items() if n in nodes or c not in taken}
         self._said = {n: text for n, text in self._said.items() if n in nodes}
         self._doubles = {
             n: name for n, name in self._doubles.items() if n in nodes and name in taken
@@ -141,7 +142,8 @@ class Fleet:
 
     def _name(self, node: int, name: str, tell: Callable[[str], None]) -> None:
         """Take a node's name; of two nodes that answer with one name, the first keeps it."""
-        other = next((n for n, known in self._names.items() if known == name and n != node), None)
+        here = set(self._grid.get_node_ids()) - {node}
+        other = next((n for n, known in self._names.items() if known == name and n in here), None)
         self._names[node] = name
         self._said.pop(node, None)
         if other is None:

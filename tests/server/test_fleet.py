@@ -93,6 +93,20 @@ def test_newcomers_are_greeted_and_not_waited_for() -> None:
     assert list(fleet.present()) == ["a", "b"]
 
 
+def test_a_node_that_lost_its_connection_comes_back_without_being_asked_again() -> None:
+    grid = grid_of("a", "b")
+    fleet = Fleet(grid)
+    fleet.wait_for(2, 10.0)
+    away = grid.nodes.pop(101)
+    fleet.wait_for(1, 10.0)
+    assert list(fleet.present()) == ["a"]
+    grid.nodes[101] = away
+    sent = len(grid.sent)
+    fleet.wait_for(2, 10.0)
+    assert list(fleet.present()) == ["a", "b"]
+    assert len(grid.sent) == sent
+
+
 def test_a_silent_node_costs_the_first_wait_and_no_more() -> None:
     grid = grid_of("a", "b")
     grid.nodes[5] = lambda message: None

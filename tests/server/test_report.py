@@ -547,3 +547,20 @@ def test_the_page_tells_where_the_time_of_the_prior_and_of_every_step_went() -> 
     html = render_report(summary, sample_rounds(1))
     assert "Where the time went" in html
     assert "<td>1 min 48 s</td><td>40 s</td><td>3.0 s</td><td>14 s</td>" in html
+
+
+def test_refused_updates_abandoned_rounds_and_late_answers_are_in_the_report() -> None:
+    admission = {
+        "mean": "trimmed",
+        "used": 70,
+        "late": 5,
+        "abandoned": 2,
+        "refused": [{"device": "device-<7>", "reason": "it is not finite", "count": 3}],
+    }
+    text = render_report({**sample_summary(), "admission": admission}, sample_rounds())
+    assert "averaged by the trimmed mean" in text
+    assert "abandoned: 2" in text
+    assert "round was over: 5" in text
+    assert "device-&lt;7&gt;" in text
+    assert "it is not finite" in text
+    assert "Refused updates" not in render_report(sample_summary(), sample_rounds())
