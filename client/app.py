@@ -121,8 +121,9 @@ def _arrays(message: Message) -> Arrays:
 
 
 def _reply(message: Message, report: Report, update: Any = None) -> Message:
-    without = None if report.peer_right else {"peer_right"}
-    text = report.model_dump_json(exclude=without)
+    # what few orders ask for costs no other reply a byte
+    absent = {name for name in ("peer_right", "rival_right") if not getattr(report, name)}
+    text = report.model_dump_json(exclude=absent)
     content = RecordDict({"report": ConfigRecord({"json": text})})
     if update is not None:
         content["arrays"] = ArrayRecord({"update": Array(update)})

@@ -1,4 +1,4 @@
-"""What an order names beside the base: importances of weights, and synthetic images."""
+"""What an order names beside the base: importances, synthetic images, a rival classifier."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ class Extras:
         Importances in the dense layout (see `common.anchor`).
     replay : uint8 array [N, H, W, C] or None
         Images (see `common.replay`).
+    rival : float32 array or None
+        See `common.features.Discriminant.pack`.
     """
 
     anchor: np.ndarray | None = None
     replay: np.ndarray | None = None
+    rival: np.ndarray | None = None
 
 
 def extras_of(
@@ -48,7 +51,7 @@ def extras_of(
     UpdateError
         If what came is not what the order names.
     """
-    anchor = replay = None
+    anchor = replay = rival = None
     if order.anchor is not None:
         sent = None
         if arrays.anchor is not None:
@@ -62,9 +65,15 @@ def extras_of(
         replay = _held(order.replay, sent, bases)
         if replay is None:
             return None
+    if order.rival is not None:
+        sent = None if arrays.rival is None else {"rival": _classifier(arrays.rival)}
+        rival = _held(order.rival, sent, bases)
+        if rival is None:
+            return None
     return Extras(
         None if anchor is None else anchor["anchor"].numpy(),
         None if replay is None else replay["replay"].numpy(),
+        None if rival is None else rival["rival"].numpy(),
     )
 
 
@@ -81,6 +90,10 @@ def _importances(order: Order, array: np.ndarray, size: int) -> torch.Tensor:
     if order.codec_down == "fp32":
         return torch.from_numpy(check_values(array, size, "the importances"))
     return torch.from_numpy(decode_scores(array, size))
+
+
+def _classifier(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(check_values(array, array.size, "the rival classifier"))
 
 
 def _images(order: Order, array: np.ndarray) -> torch.Tensor:

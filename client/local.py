@@ -26,7 +26,7 @@ from common.data import Augment, ImageSet, Normalisation
 from common.distill import class_log_shares
 from common.errors import NetError, UpdateError
 from common.experts import expert_layout
-from common.features import class_sums
+from common.features import ClosedFormNet, Discriminant, class_sums, feature_size
 from common.filters import FilterGraph, cut
 from common.gate import stem_conv, stem_moments
 from common.importance import sensitivity, taylor
@@ -167,7 +167,10 @@ def carry_out(
     prior_right = _right(teacher, held, accelerator)
     rights = [_right(net, held, accelerator) for net in _nets(student)]
     right = rights[0]
-    update, loss = None, 0.0
+    update, loss, rival_right = None, 0.0, 0
+    if extras.rival is not None:
+        rival = _rival(order, teacher, graph, extras.rival)
+        rival_right = int(_right(rival, held, accelerator).sum())
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
     elif order.phase == "tally":
@@ -210,6 +213,7 @@ def carry_out(
             class_counts=torch.bincount(own.y, minlength=order.net.classes).tolist(),
             heldout=len(held),
             right=int(right.sum()),
+            rival_right=rival_right,
             peer_right=[int(each.sum()) for each in rights] if len(rights) > 1 else [],
             prior_right=int(prior_right.sum()),
             both_right=int((right & prior_right).sum()),
@@ -455,6 +459,13 @@ def _seen(
         raise UpdateError(f"the stem to look through has {weight.size} weights")
     stem.weight = nn.Parameter(torch.from_numpy(weight).view(-1, *stem.weight.shape[1:]))
     return stem_moments(stem, data.x, accelerator=accelerator).pack()
+
+
+def _rival(order: Order, trunk: nn.Module, graph: FilterGraph, packed: np.ndarray) -> nn.Module:
+    """Return the trunk with a classifier of its features in place of its own."""
+    size = feature_size(trunk.cpu(), graph.head, order.net.input_shape, order.layers)
+    classifier = Discriminant.unpack(packed, order.net.classes, size)
+    return ClosedFormNet(copy.deepcopy(trunk), graph.head, classifier, order.layers).eval()
 
 
 def _class_sums(

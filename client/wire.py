@@ -32,6 +32,8 @@ class Arrays:
         Importances of weights, as they are or encoded.
     replay : uint8 array, optional
         Synthetic images.
+    rival : float32 array, optional
+        A classifier (see `common.features.Discriminant.pack`).
     """
 
     base: np.ndarray | None = None
@@ -40,6 +42,7 @@ class Arrays:
     whole: np.ndarray | None = None
     anchor: np.ndarray | None = None
     replay: np.ndarray | None = None
+    rival: np.ndarray | None = None
 
 
 def received(

@@ -37,7 +37,10 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         If the disk is full or refuses; what `path` held before is untouched.
     """
     with disk_errors(path):
-        _make_folder(path.parent)
+        if durable:
+            _make_folder(path.parent)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:

@@ -24,6 +24,7 @@ from common.accelerator import CPU, Accelerator
 from common.errors import UpdateError
 from common.gate import look
 from common.state import State
+from common.update import check_values
 
 _SHRINKAGE = 0.01
 Head = Literal["lda", "ridge", "ncm"]
@@ -245,6 +246,25 @@ class Discriminant:
         weight = np.where(there, self.weight - self.weight[self.there].mean(0), 0.0)
         bias = np.where(self.there, self.bias - self.bias[self.there].mean(), 0.0)
         return Discriminant(self.chosen, self.centre, weight, bias, self.there)
+
+    def pack(self) -> np.ndarray:
+        """Return what travels of a classifier of all features: centre, weights, biases, float32."""
+        parts = [self.centre, self.weight.ravel(), self.bias]
+        return np.concatenate(parts).astype(np.float32)
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray, classes: int, size: int) -> Self:
+        """Read what `pack` wrote for `size` features.
+
+        Raises
+        ------
+        UpdateError
+            If the length is another or a value is not finite.
+        """
+        check_values(packed, size + classes * (size + 1), "the rival classifier")
+        centre, weight, bias = np.split(packed.astype(np.float64), [size, size * (classes + 1)])
+        there = bias > _NEVER / 2
+        return cls(np.arange(size), centre, weight.reshape(classes, size), bias, there)
 
     def as_state(self) -> State:
         """Return all of it as tensors."""

@@ -51,6 +51,9 @@ class Memory:
         For every expert, what statistics of its own features say; None where there are none.
     weight : float
         Of such statistics beside a net's own classifier.
+    rival : ClassSums or None
+        `classes` with those of the step's images, while the step grows an expert: a classifier
+        made of them is what the expert is held against.
     stand_in : bool
         Whether world 0 is guessed from batch normalisations, for want of the prior's data.
     """
@@ -67,6 +70,7 @@ class Memory:
     most: int = 0
     beside: tuple[Discriminant | None, ...] = ()
     weight: float = 0.0
+    rival: ClassSums | None = None
 
     @property
     def plain(self) -> bool:
@@ -93,8 +97,9 @@ class Memory:
             if discriminant is not None:
                 parts = discriminant.as_state()
                 state |= {f"beside.{number}.{name}": tensor for name, tensor in parts.items()}
-        if self.classes is not None:
-            state |= {f"classes.{k}": torch.from_numpy(v) for k, v in vars(self.classes).items()}
+        for kind, sums in (("classes", self.classes), ("rival", self.rival)):
+            if sums is not None:
+                state |= {f"{kind}.{k}": torch.from_numpy(v) for k, v in vars(sums).items()}
         return state
 
     @classmethod
@@ -109,13 +114,16 @@ class Memory:
             parts = under(f"beside.{number}.")
             return Discriminant.from_state(parts) if parts else None
 
-        sums = {name: tensor.numpy() for name, tensor in under("classes.").items()}
+        def sums(kind: str) -> ClassSums | None:
+            parts = {name: tensor.numpy() for name, tensor in under(f"{kind}.").items()}
+            return ClassSums(**parts) if parts else None
+
         return cls(
             stem=state["stem"],
             worlds=tuple(moments_from_state(under(f"world.{number}.")) for number in range(worlds)),
             experts=tuple(under(f"expert.{number}.") for number in range(experts)),
             known=tuple(state["known"].tolist()),
-            classes=ClassSums(**sums) if sums else None,
+            classes=sums("classes"),
             closed=bool(closed),
             stand_in=bool(stand_in),
             head=get_args(Head)[head],
@@ -123,6 +131,7 @@ class Memory:
             most=most,
             beside=tuple(discriminant(number) for number in range(experts)),
             weight=float(state["weight"][0]),
+            rival=sums("rival"),
         )
 
 

@@ -135,6 +135,8 @@ class Order(_Frozen):
     anchor, replay : str or None
         Digests of the importances by which weights are pulled to the base (`common.anchor`), and
         of synthetic images to learn from beside the device's own (`common.replay`).
+    rival : str or None
+        tally: digest of a classifier of the trunk's features, to be measured beside the expert.
     anchor_weight, replay_weight : float
         Of the two.
     spare : dict
@@ -188,6 +190,7 @@ class Order(_Frozen):
     since: Digest | None
     feedback: Digest | None
     anchor: Digest | None = None
+    rival: str | None = None
     anchor_weight: float = Field(0.0, ge=0)
     importance: Literal["fisher", "mas"] = "fisher"
     replay: Digest | None = None
@@ -223,6 +226,8 @@ class Report(_Frozen):
         The training images by class; they sum to `images`.
     right, prior_right, both_right : int
         Held-out images that the received model, the base, and both of them get right.
+    rival_right : int
+        Held-out images that the order's rival classifier gets right.
     peer_right : list of int
         `right` of every peer, of which the first is the received model; empty without peers.
     epsilon : float or None
@@ -245,6 +250,7 @@ class Report(_Frozen):
     right: int = Field(0, ge=0)
     prior_right: int = Field(0, ge=0)
     both_right: int = Field(0, ge=0)
+    rival_right: int = Field(0, ge=0)
     peer_right: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     loss: float = 0.0
     seconds: float = Field(0.0, ge=0)

@@ -2,7 +2,8 @@
 
 A step begins with ``look``: statistics of the new images tell how to learn from them. Other
 classes are learnt by statistics alone. Images of another world are learnt by an expert: ``grow``,
-then ``tally``, class statistics of what it sees, for a second opinion beside its own classifier.
+then ``tally``, class statistics of what it sees, for a second opinion beside its own classifier;
+unless a classifier made of class statistics alone is then measured to be better.
 Where nothing has shifted, the step goes ``grow`` (AOD) -> ``weigh`` (is the grown model better,
 which filters matter) -> ``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost accepted),
 back to ``consolidate`` with a smaller share where it is not, and on to the next step. Step 0
@@ -203,7 +204,10 @@ class RunState:
 
         Each with its digest; they hold it for as long as it stays the same.
         """
-        found = {"anchor": self.carried.anchor, "replay": self.synthetic}
+        rival = None
+        if self.phase == "tally" and self.memory is not None and self.memory.rival is not None:
+            rival = self.memory.rival.discriminant(self.memory.head).pack()
+        found = {"anchor": self.carried.anchor, "replay": self.synthetic, "rival": rival}
         return {
             name: (state_digest({name: torch.from_numpy(array)}), array)
             for name, array in found.items()
@@ -227,6 +231,8 @@ class Outcome:
         Training images by class, over the devices.
     peer_right : tuple of int
         `right` of every peer.
+    rival_right : int
+        tally: held-out images that the rival classifier gets right.
     sums : float64 array or None
         look: sum of the devices' packed statistics. anchor: mean of their importances.
     """
@@ -239,6 +245,7 @@ class Outcome:
     scores: tuple[Scores, ...] = ()
     class_counts: tuple[int, ...] = ()
     sums: np.ndarray | None = None
+    rival_right: int = 0
     peer_right: tuple[int, ...] = ()
 
 
@@ -488,6 +495,8 @@ def order_of(plan: Plan, state: RunState) -> Order:
 def _extras(config: Config, state: RunState) -> dict[str, Any]:
     """Return what the order says of the arrays beside the base."""
     fields: dict[str, Any] = {}
+    if "rival" in state.extras:
+        fields |= {"rival": state.extras["rival"][0]}
     if state.way != "whole":
         return fields
     if state.phase == "grow" and "anchor" in state.extras:
@@ -838,14 +847,10 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     if state.round > 0:
         new = ClassSums.unpack(outcome.sums, plan.spec.classes, _feature_size(plan, state))
         assert memory.classes is not None
-        memory = replace(
-            memory,
-            classes=memory.classes + new,
-            closed=True,
-            known=tuple(sorted({*memory.known, *present})),
-        )
-        learnt = replace(state, memory=memory, way="classes")
-        return _end_step(plan, learnt, state.prior, state.free, math.nan, None)
+        sums = memory.classes + new
+        if state.way == "expert":
+            return _begin_expert(plan, state, replace(memory, rival=sums), outcome)
+        return _learn_classes(plan, state, memory, sums, outcome.class_counts, math.nan)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
     new_classes = set(present) - set(memory.known)
     by_class = plan.config.shift == "statistics" or memory.closed or new_classes
@@ -859,20 +864,40 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
             plan, state.step, state.prior, state.free, state.finished, state.carried
         )
         return replace(growing, memory=memory, seen=seen)
+    another = replace(state, seen=seen, way="expert", memory=memory, world=world)
+    if memory.plain and memory.classes is not None and plan.config.statistics_weight:
+        return replace(another, round=1)  # what class statistics alone would be worth
+    return _begin_expert(plan, another, memory, outcome)
+
+
+def _begin_expert(plan: Plan, state: RunState, memory: Memory, outcome: Outcome) -> RunState:
     base = read_state(_trunk(plan, state))
-    if 0 < world <= len(memory.experts):
-        base |= memory.experts[world - 1]
+    if 0 < state.world <= len(memory.experts):
+        base |= memory.experts[state.world - 1]
     return replace(
         state,
         phase="grow",
         round=0,
         base=base,
-        way="expert",
         memory=memory,
-        seen=seen,
         class_counts=outcome.class_counts,
-        world=world,
     )
+
+
+def _learn_classes(
+    plan: Plan,
+    state: RunState,
+    memory: Memory,
+    sums: ClassSums,
+    class_counts: tuple[int, ...],
+    accuracy: float,
+) -> RunState:
+    """End a step with a classifier made of class statistics."""
+    present = {c for c, count in enumerate(class_counts) if count}
+    known = tuple(sorted({*memory.known, *present}))
+    memory = replace(memory, classes=sums, closed=True, known=known, rival=None)
+    learnt = replace(state, memory=memory, way="classes", heldout_grown=accuracy)
+    return _end_step(plan, learnt, state.prior, state.free, accuracy, None)
 
 
 def _world(plan: Plan, memory: Memory, seen: Moments, step: int) -> int:
@@ -894,6 +919,13 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     classes = plan.spec.classes
     sums = ClassSums.unpack(outcome.sums, classes, _feature_size(plan, state))
     config = plan.config
+    memory, rival = state.memory, None if state.memory is None else state.memory.rival
+    if memory is not None and rival is not None:
+        if outcome.rival_right > outcome.right:
+            tried = replace(state, heldout_prior=_prior(outcome), world=0, values=None)
+            accuracy = outcome.rival_right / outcome.heldout
+            return _learn_classes(plan, tried, memory, rival, outcome.class_counts, accuracy)
+        state = replace(state, memory=replace(memory, rival=None))
     beside = sums.discriminant(config.statistics_head, config.statistics_most)
     return _after_expert(plan, state, outcome, beside)
 
@@ -992,6 +1024,7 @@ def rounds_left(plan: Plan, state: RunState) -> int:
     if state.way == "expert":
         growing = config.rounds - (state.round if state.phase == "grow" else 0)
         growing = 1 if state.phase == "tally" else growing + (config.statistics_weight > 0)
+        growing += state.phase == "look"
         return growing + (config.steps - state.step) * (looks + config.rounds)
     of_step = {
         "look": looks,

@@ -42,6 +42,11 @@ def check_report(report: Report, order: Order, device: str) -> None:
             f"right {report.right}, prior_right {report.prior_right} and both_right "
             f"{report.both_right} do not fit {report.heldout} held-out images"
         )
+    if report.rival_right > (report.heldout if order.rival is not None else 0):
+        raise UpdateError(
+            f"rival_right {_short(report.rival_right)} does not fit {report.heldout} held-out "
+            "images"
+        )
     peers = order.peers if order.phase == "grow" else 1
     if len(report.peer_right) != (peers if peers > 1 else 0) or any(
         right > report.heldout for right in report.peer_right

@@ -322,7 +322,7 @@ class Results:
 
 _WAYS = {
     "expert": "images of another world: learnt by an expert of their own behind the gate",
-    "classes": "new classes: learnt by class statistics of the kept filters' features",
+    "classes": "learnt by class statistics of the kept filters' features",
 }
 _VERSIONS = ("fallow", "torch", "flwr", "onnx", "onnxruntime", "numpy")
 

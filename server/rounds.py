@@ -389,6 +389,7 @@ class _Table:
             right=sum(report.right for report in reports),
             prior_right=sum(report.prior_right for report in reports),
             both_right=sum(report.both_right for report in reports),
+            rival_right=sum(report.rival_right for report in reports),
             peer_right=tuple(
                 sum(counts) for counts in zip(*(r.peer_right for r in reports), strict=True)
             ),

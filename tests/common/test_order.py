@@ -93,6 +93,7 @@ LATER: dict[str, Any] = {
     "anchor_weight": 10.0,
     "importance": "mas",
     "replay": OTHER,
+    "rival": DIGEST,
     "replay_weight": 0.5,
     "spare": {"conv1": [1]},
     "full_rate": "group",

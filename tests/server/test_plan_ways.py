@@ -11,7 +11,7 @@ from fake_grid import SPEC, freed_prior, make_plan
 
 from common.data import ImageSet
 from common.experts import ExpertNet, expert_layout
-from common.features import ClassSums, ClosedFormNet, class_sums
+from common.features import ClassSums, ClosedFormNet, Discriminant, class_sums
 from common.gate import Moments, stem_conv, stem_moments
 from common.memory import Memory, assembled, trunk_of
 from common.state import State, read_state, state_digest
@@ -62,12 +62,38 @@ def looked(plan: Plan, state: RunState, shift: float = 0.0, classes: int = CLASS
     stem = stem_conv(trunk_of(plan.net, plan.graph, state.prior, state.free), state.memory.stem)
     seen = stem_moments(stem, x_of(images(seed=1), shift)).pack()
     assert seen.shape == (statistics_size(plan, state),)
-    return advance(plan, state, told(seen, classes))
+    state = advance(plan, state, told(seen, classes))
+    if state.way == "expert" and state.phase == "look":
+        assert (state.round, order_of(plan, state).by_class) == (1, True)
+        state = advance(plan, state, told(some_sums(plan, state)))
+    return state
 
 
-def told(sums: np.ndarray, classes: int = CLASSES, right: int = 60) -> Outcome:
+def told(
+    sums: np.ndarray, classes: int = CLASSES, right: int = 60, rival_right: int = 0
+) -> Outcome:
     known = counts(classes)
-    return Outcome(None, HELDOUT, right, 50, 40, class_counts=known, sums=sums.astype(np.float64))
+    return Outcome(
+        None,
+        HELDOUT,
+        right,
+        50,
+        40,
+        class_counts=known,
+        sums=sums.astype(np.float64),
+        rival_right=rival_right,
+    )
+
+
+def some_sums(plan: Plan, state: RunState) -> np.ndarray:
+    """Packed class statistics of 90 images that nobody saw."""
+    rng = torch.Generator().manual_seed(0)
+    size = statistics_size(plan, state)
+    features = 0
+    while CLASSES * (1 + features) + features * (features + 1) // 2 < size:
+        features += 1
+    drawn, labels = torch.randn(90, features, generator=rng), torch.arange(90) % CLASSES
+    return ClassSums.of(drawn, labels, CLASSES).pack()
 
 
 def trained(plan: Plan, state: RunState) -> RunState:
@@ -164,18 +190,11 @@ def grown(plan: Plan, state: RunState, shift: float) -> RunState:
     return state
 
 
-def tallied(plan: Plan, state: RunState, right: int = 60) -> RunState:
+def tallied(plan: Plan, state: RunState, right: int = 60, rival_right: int = 0) -> RunState:
     order = order_of(plan, state)
     assert (order.phase, order.scope, order.lr) == ("tally", "expert", 0)
-    rng = torch.Generator().manual_seed(0)
-    size = statistics_size(plan, state)
-    features = 0
-    while CLASSES * (1 + features) + features * (features + 1) // 2 < size:
-        features += 1
-    sums = ClassSums.of(
-        torch.randn(90, features, generator=rng), torch.arange(90) % CLASSES, CLASSES
-    )
-    return advance(plan, state, told(sums.pack(), right=right))
+    sums = some_sums(plan, state)
+    return advance(plan, state, told(sums, right=right, rival_right=rival_right))
 
 
 def test_an_expert_is_kept_with_its_world_and_a_second_opinion(plan: Plan) -> None:
@@ -194,6 +213,32 @@ def test_an_expert_is_kept_with_its_world_and_a_second_opinion(plan: Plan) -> No
     net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
     assert isinstance(net, ExpertNet)
     assert all(isinstance(one, ClosedFormNet) for one in net.nets)
+
+
+def test_an_expert_that_class_statistics_beat_is_given_up_for_them(plan: Plan) -> None:
+    first = begin(plan)
+    state = grown(plan, first, 2.0)
+    rival = memory_of(state).rival
+    assert rival is not None
+    digest, packed = state.extras["rival"]
+    assert order_of(plan, state).rival == digest
+    size = rival.sums.shape[1]
+    sent = Discriminant.unpack(packed, CLASSES, size)
+    np.testing.assert_allclose(sent.weight, rival.discriminant().weight, rtol=1e-6)
+    done = tallied(plan, state, right=60, rival_right=61)
+    memory = memory_of(done)
+    assert (done.finished[-1].way, done.finished[-1].grown) == ("classes", 61 / HELDOUT)
+    assert (memory.closed, memory.experts, memory.rival) == (True, (), None)
+    assert memory.classes is not None
+    assert memory.classes.counts.sum() == memory_of(first).classes.counts.sum() + 90  # type: ignore[union-attr]
+    net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
+    assert isinstance(net, ClosedFormNet)
+    assert looked(plan, done, shift=4.0).way == "classes"  # another world adds to them
+
+
+def test_an_expert_as_good_as_class_statistics_stays(plan: Plan) -> None:
+    done = tallied(plan, grown(plan, begin(plan), 2.0), right=60, rival_right=60)
+    assert (done.finished[-1].way, memory_of(done).rival) == ("expert", None)
 
 
 def test_old_images_keep_their_answers_when_a_world_is_added() -> None:
