@@ -27,12 +27,12 @@ def attack(kind: str, devices: set[str]) -> Iterator[None]:
     """
     honest = client.local.packed_update
 
-    def bent(order, start, trained, layout, device, bases):  # type: ignore[no-untyped-def]
+    def bent(order, start, trained, layout, device, *rest):  # type: ignore[no-untyped-def]
         if device not in devices:
-            return honest(order, start, trained, layout, device, bases)
+            return honest(order, start, trained, layout, device, *rest)
         moved = trained - start
         if kind in _WORDS:
-            return poisoned(honest(order, start, trained, layout, device, bases), _WORDS[kind])
+            return poisoned(honest(order, start, trained, layout, device, *rest), _WORDS[kind])
         rng = numpy_rng("attack", order.step, order.phase, order.attempt, order.round, device)
         made: Callable[[], np.ndarray] = {
             "x1000": lambda: 1000 * moved,
@@ -43,7 +43,7 @@ def attack(kind: str, devices: set[str]) -> Iterator[None]:
         values = start + made().astype(np.float32)
         variances = layout.statistics[1]
         values[variances] = np.maximum(values[variances], 0)
-        return honest(order, start, values, layout, device, bases)
+        return honest(order, start, values, layout, device, *rest)
 
     client.local.packed_update = bent
     try:

@@ -121,21 +121,21 @@ def test_what_makes_no_stream_is_told() -> None:
 
 
 def test_others_get_as_many_rounds_as_the_bytes_of_fallow_allow(tmp_path: Path) -> None:
-    asked = cells_of("instance", 2, "fedavg,joint", "0", TINY, quick=True, budget="bytes")
+    asked = cells_of("instance", 2, "fedavg-int8,joint", "0", TINY, quick=True, budget="bytes")
     told: list[str] = []
     rows = run_bench(asked, tmp_path, 1, told.append)
-    assert [row.method for row in rows] == ["fedavg", "joint", "fallow"]
+    assert [row.method for row in rows] == ["fedavg-int8", "joint", "fallow"]
     sent = {row.method: row.stats["up MB"].mean + row.stats["down MB"].mean for row in rows}
     assert {row.budget for row in rows} == {"bytes"}
     rounds = {row.method: int(row.stats["rounds"].mean) for row in rows}
-    one_more = sent["fedavg"] / rounds["fedavg"] * (rounds["fedavg"] + 1)
-    assert sent["fedavg"] <= sent["fallow"] < one_more
+    one_more = sent["fedavg-int8"] / rounds["fedavg-int8"] * (rounds["fedavg-int8"] + 1)
+    assert sent["fedavg-int8"] <= sent["fallow"] < one_more
     assert rounds["joint"] == rounds["fallow"] == 2
-    assert rounds["fedavg"] >= 1
+    assert rounds["fedavg-int8"] >= 1
     (record,) = [c for c in read_json(tmp_path / "results.json")["cells"] if c.get("budget")]
-    assert record["budget"]["spent"] == sent["fedavg"]
-    assert record["budget"]["rounds"] == record["settings"]["rounds"] == rounds["fedavg"]
-    assert f"{rounds['fedavg']} rounds a step" in "\n".join(told)
+    assert record["budget"]["spent"] == sent["fedavg-int8"]
+    assert record["budget"]["rounds"] == record["settings"]["rounds"] == rounds["fedavg-int8"]
+    assert f"{rounds['fedavg-int8']} rounds a step" in "\n".join(told)
     told.clear()
     run_bench(asked, tmp_path, 1, told.append)
     assert told == ["3 cells, 3 of them finished before"]

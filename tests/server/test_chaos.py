@@ -418,9 +418,10 @@ def accuracies(kinds: list[str], **settings: Any) -> dict[str, dict[str, Any]]:
 FEW: dict[str, Any] = {
     "width": 8,
     "rounds": 3,
-    "prior_epochs": 6,
+    "prior_epochs": 15,
     "freeing": "prior",
-    "freeing_epochs": 2,
+    "freeing_epochs": 6,
+    "max_drop": 1.0,
 }
 
 

@@ -21,6 +21,7 @@ from common.config import Config
 from common.nets import WIDTHS
 from server import simulate as engines
 from server.cli import main
+from server.files import locked
 from server.run import conduct
 
 TINY = [
@@ -338,7 +339,7 @@ def test_a_folder_that_another_run_uses_is_told(
     fallow: Fallow, tmp_path: Path, no_training: None
 ) -> None:
     out = tmp_path / "out"
-    with server.run.RunFolder(out).locked():
+    with locked(out):
         told_in_one_line(fallow("simulate", *TINY, "--out", out), 5, "another run works in")
 
 

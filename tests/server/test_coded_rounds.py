@@ -338,7 +338,7 @@ def test_a_damaged_update_is_declined_and_the_round_goes_on(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, make: Any, said: str
 ) -> None:
     session = begin()
-    monkeypatch.setattr("client.app.carry_out", bent(make))
+    monkeypatch.setattr("client.simulated.carry_out", bent(make))
     session.play(1)
     (record,) = session.records
     assert (record["devices_asked"], record["devices_used"]) == (3, 2)
@@ -350,8 +350,8 @@ def test_a_damaged_update_is_declined_and_the_round_goes_on(
 def bent(make: Any) -> Any:
     from client.local import carry_out
 
-    def call(order: Order, arrays: Any, data: Any, *others: Any) -> Any:
-        report, update = carry_out(order, arrays, data, *others)
+    def call(order: Order, arrays: Any, data: Any, *others: Any, **named: Any) -> Any:
+        report, update = carry_out(order, arrays, data, *others, **named)
         return report, make(update, order) if report.device == "device-00001" else update
 
     return call

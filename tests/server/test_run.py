@@ -619,13 +619,20 @@ def test_a_run_that_frees_less_is_told_in_full(
 @pytest.mark.parametrize(
     ("settings", "way", "phases"),
     [
-        ({"worlds": "invert"}, "expert", ["look", "grow", "grow", "tally"]),
+        ({"worlds": "invert"}, "classes", ["look", "look", "grow", "grow", "tally"]),
+        ({"worlds": "invert"}, "expert", ["look", "look", "grow", "grow", "tally"]),
         ({"stream": "class"}, "classes", ["look", "look"]),
     ],
 )
 def test_a_shift_is_found_learnt_and_exported_and_a_killed_run_ends_in_the_same_bytes(
-    tmp_path: Path, settings: dict[str, Any], way: str, phases: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    way: str,
+    phases: list[str],
 ) -> None:
+    if way == "expert":  # on digits class statistics are always better
+        monkeypatch.setattr("client.local._rival", lambda order, trunk, graph, packed: trunk)
     config = quick(**settings)
     summary = play(config, tmp_path / "out")
     (step,) = summary["steps"]
