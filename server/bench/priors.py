@@ -121,7 +121,7 @@ def _share_of(world: World, like: FreeSet) -> float:
 def _key(world: World, config: Config, settings: set[str]) -> str:
     made_from: dict[str, Any] = {
         "images": world.scenario.prior.digest,
-        "net": world.plan.spec.model_dump(),
+        "net": world.plan.spec.model_dump(exclude={"class_names"}),
         "augment": [world.augment.crop_padding, world.augment.flip],
         "settings": config.model_dump(include=settings),
     }
