@@ -27,6 +27,9 @@ from server.inline import _prepare
 Record = dict[str, Any]
 Tell = Callable[[str], None]
 
+_PATIENCE = 5.0
+"""Seconds that an interrupted worker has to close what it has open."""
+
 
 class BenchInterruptedError(FallowError):
     """Somebody stopped the benchmark."""
@@ -201,8 +204,12 @@ class _Workers:
         if self._pool is None:
             return
         if kind is KeyboardInterrupt:  # a cell takes minutes: nobody waits for its end
-            for worker in multiprocessing.active_children():
+            workers = multiprocessing.active_children()
+            for worker in workers:
                 worker.terminate()
+            for worker in workers:
+                worker.join(_PATIENCE)
+                worker.kill()  # one that was told where no exception gets through goes on
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def each(
