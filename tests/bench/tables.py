@@ -6,7 +6,8 @@
 
 A finished cell is kept in runs/tables and not run again, so that a long table can be made in
 pieces. Writes results/table-STREAM.json beside this script (the table, and of every cell what it
-was made of, without the lines of its rounds) and prints the tables in Markdown.
+was made of, without the lines of its rounds) and prints it in Markdown. --print alone prints those
+that are there.
 """
 
 from __future__ import annotations
@@ -84,7 +85,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workers", default="0")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
+    parser.add_argument("--print", action="store_true", dest="printed")
     options = parser.parse_args()
+    if options.printed:
+        for name in STREAMS:
+            if _target(name).exists():
+                print(markdown(json.loads(_target(name).read_text())))
+        return
     given = vars(options)
     wanted = options.only.split(",") if options.only else list(STREAMS)
     unknown = [name for name in wanted if name not in STREAMS]
@@ -117,8 +124,36 @@ def write(name: str, folder: Path) -> None:
 
     cells = [{k: v for k, v in cell.items() if k != "rounds"} for cell in mine(results["cells"])]
     kept = {"stream": name, "table": mine(results["table"]), "cells": cells}
-    target = HERE / "results" / f"table-{name}.json"
-    target.write_text(json.dumps(kept, indent=1) + "\n")
+    _target(name).write_text(json.dumps(kept, indent=1) + "\n")
+    print(markdown(kept))
+
+
+def markdown(kept: dict[str, Any]) -> str:
+    """Return what the README shows of a stream: accuracies of the last model, in %, and costs."""
+    rows = kept["table"]
+    parts = list(rows[0]["final"]) if len(rows[0]["final"]) > 1 else []
+    head = ["method", "seeds", *parts, "mean", "bytes", "device time", "parameters"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        accuracies = [_percent(row["final"][part]) for part in parts]
+        costs = [_ratio(row[column]) for column in ("bytes x", "time x")]
+        seeds = ", ".join(map(str, row["seeds"]))
+        size = f"{row['slim %']['mean'] * 100:.0f} %"
+        lines.append([row["method"], seeds, *accuracies, _percent(row["ACC"]), *costs, size])
+    return "\n".join(["", kept["stream"], "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _percent(stat: dict[str, Any]) -> str:
+    text = f"{stat['mean'] * 100:.1f}"
+    return text if stat["std"] is None else f"{text} ± {stat['std'] * 100:.1f}"
+
+
+def _ratio(stat: dict[str, Any]) -> str:
+    return "" if stat["mean"] is None else f"{stat['mean']:.2f}x"
+
+
+def _target(name: str) -> Path:
+    return HERE / "results" / f"table-{name}.json"
 
 
 if __name__ == "__main__":
