@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -155,7 +155,8 @@ class Wire:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: list[socket.socket] = [self._listener]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._run(self._accept)
 
     def cut(self) -> None:
         self._through.clear()
@@ -164,24 +165,32 @@ class Wire:
         self._through.set()
 
     def close(self) -> None:
-        for one in self._open:
-            with suppress(OSError):
-                one.close()
         self._through.set()
+        for one in self._open:  # who waits for bytes of it is woken
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        for one in self._open:
+            one.close()
+
+    def _run(self, call: Callable[..., None], *arguments: socket.socket) -> None:
+        self._threads.append(threading.Thread(target=call, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
                 self._open.append(near)
-                threading.Thread(target=self._connect, args=(near,), daemon=True).start()
+                self._run(self._connect, near)
 
     def _connect(self, near: socket.socket) -> None:
         self._through.wait()
         with suppress(OSError):
             far = socket.create_connection(("127.0.0.1", self._to))
             self._open.append(far)
-            threading.Thread(target=self._copy, args=(near, far), daemon=True).start()
+            self._run(self._copy, near, far)
             self._copy(far, near)
 
     def _copy(self, source: socket.socket, sink: socket.socket) -> None:
