@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,12 @@ def test_an_interrupted_benchmark_says_how_to_go_on(tmp_path: Path) -> None:
     command += ["--seeds", "0", "--workers", "2", "--rounds", "400"]
     command += ["--set", "prior-epochs=1", "--out", str(out)]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # a suite in the background may have been started with Ctrl-C ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if list(out.glob("cells/*.json")) or process.poll() is not None:
