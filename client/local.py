@@ -169,7 +169,7 @@ def carry_out(
     right = rights[0]
     update, loss, rival_right = None, 0.0, 0
     if extras.rival is not None:
-        rival = _rival(order, teacher, graph, extras.rival)
+        rival = _rival(order, teacher, graph, extras.rival).to(accelerator.device)
         rival_right = int(_right(rival, held, accelerator).sum())
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
@@ -462,10 +462,11 @@ def _seen(
 
 
 def _rival(order: Order, trunk: nn.Module, graph: FilterGraph, packed: np.ndarray) -> nn.Module:
-    """Return the trunk with a classifier of its features in place of its own."""
-    size = feature_size(trunk.cpu(), graph.head, order.net.input_shape, order.layers)
+    """Return a copy of the trunk with a classifier of its features in place of its own."""
+    copied = copy.deepcopy(trunk).cpu()
+    size = feature_size(copied, graph.head, order.net.input_shape, order.layers)
     classifier = Discriminant.unpack(packed, order.net.classes, size)
-    return ClosedFormNet(copy.deepcopy(trunk), graph.head, classifier, order.layers).eval()
+    return ClosedFormNet(copied, graph.head, classifier, order.layers).eval()
 
 
 def _class_sums(

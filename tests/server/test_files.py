@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fake_grid import freed_prior, make_plan
+from locks import locked_elsewhere
 from test_checkpoint import plain
 
 from common.errors import ConfigError, DiskError, StoreError
@@ -132,22 +131,11 @@ def test_a_server_whose_store_was_taken_writes_no_more(
 
 
 def test_a_second_server_on_one_folder_is_refused(tmp_path: Path) -> None:
-    script = (
-        "import fcntl, sys\n"
-        "file = open(sys.argv[1], 'a')\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(StoreError, match="another run works"):
-            FolderFiles(tmp_path).owned().__enter__()
-        other.communicate()
+    with (
+        locked_elsewhere(tmp_path / ".lock"),
+        pytest.raises(StoreError, match="another run works"),
+    ):
+        FolderFiles(tmp_path).owned().__enter__()
     with FolderFiles(tmp_path).owned():
         pass
 

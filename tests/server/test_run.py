@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import onnx
 import pytest
 import torch
 from fake_grid import DirectGrid
+from locks import locked_elsewhere
 
 import server.run
 from common.config import Config
@@ -399,22 +398,11 @@ def test_a_run_with_other_settings_is_not_resumed(plain: Path) -> None:
 
 
 def test_a_folder_in_which_another_process_works_is_refused(plain: Path) -> None:
-    script = (
-        "import fcntl, sys\n"
-        "file = open(sys.argv[1], 'a')\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", script, str(plain / ".lock")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(StoreError, match=f"another run works in {plain}"):
-            play(quick(), plain, resume=True)
-        other.communicate()
+    with (
+        locked_elsewhere(plain / ".lock"),
+        pytest.raises(StoreError, match=f"another run works in {plain}"),
+    ):
+        play(quick(), plain, resume=True)
     assert play(quick(), plain, resume=True)["status"] == "complete"  # the lock ends with its owner
 
 
