@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -21,6 +20,7 @@ from common.accelerator import Accelerator
 from common.config import Config
 from common.errors import ConfigError, FallowError
 from common.order import Report, read_order
+from common.process import settle
 from common.update import read_array
 
 _BASES: dict[Path, Bases] = {}
@@ -50,7 +50,7 @@ def make_app(settings: Mapping[str, Any] | None = None, cache: str | None = None
     @app.train()
     def work(message: Message, context: Context) -> Message:
         """Carry out one order."""
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        settle(int(os.environ.get("OMP_NUM_THREADS", "1")))
         config = _config(context, settings)
         with _device(context, config) as device:  # as in hello, which every node has passed
             try:

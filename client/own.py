@@ -30,6 +30,7 @@ from common.data.decode import read_image
 from common.data.holdout import below
 from common.errors import ConfigError, DataError, StoreError
 from common.order import NetSpec, Order, Report
+from common.process import settle
 from common.seeds import numpy_rng
 from common.store import read_state_and_header, write_state_file
 
@@ -112,7 +113,7 @@ class OwnDevice:
             If the device declines, saying why.
         """
         self._guard.admit()
-        torch.set_num_threads(self._settings.limits.threads)
+        settle(self._settings.limits.threads)
         privacy = self._privacy()
         noised = privacy is not None and privacy.noise > 0
         if noised and order.phase in ("look", "tally"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
+from common.process import settle
 from server.progress import make_progress
 from server.run import conduct
 
@@ -18,7 +18,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all steps with the settings of the run config."""
-    torch.set_num_threads(1)
+    settle()
     values = dict(context.run_config)
     out = Path(str(values.pop("out")))
     resume = bool(values.pop("resume"))

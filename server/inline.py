@@ -24,13 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from common.process import settle
 from server.workers import prepare
 
 Settings = dict[str, Any]
@@ -233,7 +233,7 @@ def _read(path: str) -> bytes:
 
 def _prepare() -> None:
     """Set a worker up: one thread, so that sums round alike wherever a device is trained."""
-    torch.set_num_threads(1)
+    settle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's process ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _identify()

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
+from common.process import settle
 from server.inline import InlineGrid
 from server.progress import Progress
 from server.run import conduct
@@ -27,7 +27,7 @@ def simulate_inline(
     config: Config, out: Path, *, resume: bool, progress: Progress, command: str | None
 ) -> Summary:
     """Run on worker processes of ours; see `server.run.conduct`."""
-    torch.set_num_threads(1)
+    settle()
     with (
         _disks(out) as cache,
         InlineGrid(config.flat(), config.devices, config.workers, cache) as grid,
@@ -45,7 +45,7 @@ def simulate_flower(
 
     from client.app import make_app
 
-    torch.set_num_threads(1)
+    settle()
     open_world(config)  # what is wrong with the settings is told before Ray starts
     logging.getLogger("flwr").setLevel(logging.ERROR)
     result: Summary = {}

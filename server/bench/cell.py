@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from common import metrics
 from common.config import NOT_THE_RESULT, Config
@@ -23,6 +22,7 @@ from common.data.places import label_of, places_of
 from common.errors import ConfigError
 from common.filters import FreeSet, parameter_count
 from common.memory import Memory, assembled
+from common.process import settle
 from common.state import State, state_digest
 from common.store import read_json, write_json
 from server.begin import first_state
@@ -125,7 +125,7 @@ def finished(cell: Cell, out: Path) -> Record | None:
 
 def make_priors(cells: list[Cell], out: Path) -> None:
     """Make the prior models of cells that differ in the method alone, each once."""
-    torch.set_num_threads(1)
+    settle()
     for cell in cells:
         first_model(cell, open_world(cell.config), out)
 
@@ -140,7 +140,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     """
     record = finished(cell, out)
     if record is None:
-        torch.set_num_threads(1)
+        settle()
         record = run_afresh(cell, out)
         write_json(cell.path(out), record)
         record = read_json(cell.path(out))

@@ -49,6 +49,7 @@ from common.frozen import training_only
 from common.layout import scope_layout
 from common.nets import build
 from common.optim import PackedSGD
+from common.process import settle
 from common.regrow import regrow
 from common.sparsify import multi_step_objective
 from common.state import read_state, write_state
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=3, metavar=("NET", "BATCH", "VARIANT"), help="internal")
     options = parser.parse_args()
     accelerator = Accelerator.pick(options.accelerator, options.amp)
-    torch.set_num_threads(1)
+    settle()
     torch.manual_seed(0)
     if options.peak:
         name, batch, variant = options.peak
