@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from client.index import Index
+from common.delta import DELTA
 from common.errors import ConfigError
 from common.seeds import numpy_rng
 
 if TYPE_CHECKING:
     from common.order import Order
-
-DELTA = 1e-5
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 from client.heldout import heldout_share, measures
 from client.index import Index
-from client.privacy import DELTA, epsilon_of, released
+from client.privacy import epsilon_of, released
 from client.settings import read_settings
+from common.delta import DELTA
 
 
 def status(index: Index) -> dict[str, Any]:

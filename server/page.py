@@ -261,7 +261,7 @@ summary { cursor: pointer; color: var(--muted); }
 <dt>look, weigh, judge</dt><dd>Exchanges in which devices train nothing: they measure the grown model and which of its filters matter, and then what freeing cost.</dd>
 </dl>
 {% set admission = run.admission | default({"late": 0, "abandoned": 0, "refused": [], "mean": "weighted"}) %}
-<p>Updates were averaged by the {{ {"weighted": "mean weighted by images", "trimmed": "trimmed mean", "median": "median", "krum": "mean of the nearest (Multi-Krum)"}[admission.mean] }}. Tries at rounds that were abandoned: {{ admission.abandoned }}. Answers that came after their round was over: {{ admission.late }}.</p>
+<p>Updates were averaged by the {{ {"weighted": "mean weighted by images", "trimmed": "trimmed mean", "median": "median", "krum": "mean of the nearest (Multi-Krum)"}[admission.mean] }}. Tries at rounds that were abandoned: {{ admission.abandoned }}. Answers that came after their round was over: {{ admission.late }}.{% if run.privacy | default(none) %} The device whose noised updates disclose the most is at epsilon {{ '%.3g' | format(run.privacy.epsilon) }} (delta {{ '%g' | format(run.privacy.delta) }}).{% endif %}</p>
 {% if admission.refused %}
 <h3>Refused updates</h3>
 <div class="scroll"><table>

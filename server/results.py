@@ -16,6 +16,7 @@ from torch import nn
 
 from common import metrics
 from common.data import ImageSet, split_holdout
+from common.delta import DELTA
 from common.filters import FreeSet, parameter_count
 from common.memory import Memory, assembled
 from common.sparsify import Attempt
@@ -240,6 +241,7 @@ class Results:
                 "abandoned": sum(r.get("tries", 1) - 1 for r in rounds),
                 "refused": _refused(rounds),
             },
+            "privacy": privacy_of(rounds),
         }
 
     def _step_summary(self, number: int, record: Record, rounds: list[Record]) -> Record:
@@ -325,6 +327,12 @@ _WAYS = {
     "classes": "learnt by class statistics of the kept filters' features",
 }
 _VERSIONS = ("fallow", "torch", "flwr", "onnx", "onnxruntime", "numpy")
+
+
+def privacy_of(rounds: list[Record]) -> Record | None:
+    """Return what the device that disclosed the most has disclosed; None without noise."""
+    spent = [r["epsilon"] for r in rounds if r.get("epsilon") is not None]
+    return {"epsilon": max(spent), "delta": DELTA} if spent else None
 
 
 def _refused(rounds: list[Record]) -> list[Record]:

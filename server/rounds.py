@@ -95,6 +95,8 @@ class Tally:
         Replies that came when their round was over.
     rests : int
         Devices that were not asked because they failed too often.
+    epsilon : float or None
+        The largest that a device reported; None where none noises what it sends.
     """
 
     asked: int
@@ -105,6 +107,7 @@ class Tally:
     refused: list[dict[str, str]] = field(default_factory=list)
     late: int = 0
     rests: int = 0
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,8 @@ class _Table:
         self._note_silent([name for name in asked if name not in answered], tally, closed)
         for name in taken.reports:
             fleet.ledger.answered(name)
+        spent = [r.epsilon for r in taken.reports.values() if r.epsilon is not None]
+        tally.epsilon = max(spent, default=None)
         fleet.ledger.exchanges += 1
         return tally
 
@@ -514,4 +519,5 @@ def _record(
         "refused": tally.refused,
         "late": tally.late,
         "resting": tally.rests,
+        "epsilon": tally.epsilon,
     }

@@ -14,9 +14,10 @@ from test_own import CLASSES, fill
 from client.app import app
 from client.index import Index
 from client.local import net_and_graph
-from client.privacy import DELTA, Privacy, chosen, epsilon_of
+from client.privacy import Privacy, chosen, epsilon_of
 from client.status import status
 from common.config import Config
+from common.delta import DELTA
 from common.errors import ConfigError
 from common.filters import FreeSet
 from common.layout import dense_layout, scope_layout

@@ -564,3 +564,12 @@ def test_refused_updates_abandoned_rounds_and_late_answers_are_in_the_report() -
     assert "device-&lt;7&gt;" in text
     assert "it is not finite" in text
     assert "Refused updates" not in render_report(sample_summary(), sample_rounds())
+
+
+def test_what_noised_updates_disclose_is_in_the_report() -> None:
+    privacy = {"epsilon": 3.25, "delta": 1e-5}
+    text = render_report({**sample_summary(), "privacy": privacy}, sample_rounds())
+    assert "epsilon 3.25 (delta 1e-05)" in text
+    for plain in ({}, {"privacy": None}):
+        text = render_report({**sample_summary(), **plain}, sample_rounds())
+        assert "epsilon" not in text

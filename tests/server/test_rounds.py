@@ -24,6 +24,7 @@ from server.fleet import Fleet
 from server.inline import _identify
 from server.plan import Plan, RunState, layout_of, order_of, start
 from server.report import _problem
+from server.results import privacy_of
 from server.rounds import play_rounds
 from server.wire import order_message, read_reply
 
@@ -258,6 +259,22 @@ def test_a_record_tells_all_of_a_round_and_fits_the_schema(plan: Plan, state: Ru
         [],
         ["values"],
     ]
+
+
+def test_a_record_tells_the_largest_epsilon_of_the_devices_that_were_used(
+    plan: Plan, state: RunState
+) -> None:
+    grid, devices = fleet_of(plan)
+    for device, epsilon in zip(devices, (3.5, 0.25, None, 99.0), strict=True):
+        changes = {"epsilon": epsilon, "declined": "not now" if epsilon == 99.0 else None}
+        device.bend = lambda m, r, u, c=changes: reply_to(m, r.model_copy(update=c), u)  # type: ignore[misc]
+    noised = play(grid, plan, state, count=1).records
+    assert [r["epsilon"] for r in noised] == [3.5]
+    assert _problem(json.loads(json.dumps(noised[0])), "round") is None
+    plain = play(fleet_of(plan)[0], plan, state, count=1).records
+    assert [r["epsilon"] for r in plain] == [None]
+    assert privacy_of(plain) is None
+    assert privacy_of([*noised, {"epsilon": 4.5}, *plain, {}]) == {"epsilon": 4.5, "delta": 1e-5}
 
 
 def test_the_base_that_is_sent_is_the_whole_model(plan: Plan, state: RunState) -> None:
