@@ -7,7 +7,7 @@
 A finished cell is kept in runs/tables and not run again, so that a long table can be made in
 pieces. Writes results/table-STREAM.json beside this script (the table, and of every cell what it
 was made of, without the lines of its rounds) and prints it in Markdown. --print alone prints those
-that are there.
+that are there; --readme also puts them where the README has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BASELINES = "prior,fedavg,fedlwf,fedprox,fedntd,shrink-perturb,fedavg-slim,lda,ridge,ncm,lda-deep"
+README = HERE.parents[1] / "README.md"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+BASELINES = (
+    "prior,fedavg,fedprox,fedlwf,fedewc,fedntd,generative,shrink-perturb,fedavg-slim,"
+    "ncm,ridge,lda,lda-deep"
+)
+ABLATIONS = (
+    "random-mask,no-gate,no-reinit,no-distillation,no-calibration,no-consolidation,rows,group,all"
+)
 
 
 @dataclass(frozen=True)
@@ -30,44 +38,72 @@ class Table:
 
     Attributes
     ----------
+    title : str
+        In the README, in Markdown.
     data : str
         Which folder it needs: cifar, emoji or fashion.
+    protocol, parts
+        Of ``fallow bench``.
     arguments : tuple of str
-        Of ``fallow bench``, beside data and methods.
+        Of ``fallow bench``, beside data, protocol, parts and methods.
     worlds : tuple of str
         Vendors of each world; none is all there is as one world.
     """
 
+    title: str
     data: str
-    arguments: tuple[str, ...]
+    protocol: str
+    parts: int
     methods: str
+    arguments: tuple[str, ...] = ()
     worlds: tuple[str, ...] = ()
 
 
 STREAMS = {
     "instance-2": Table(
-        "cifar", ("--protocol=instance", "--parts=2"), f"{BASELINES},fallow,joint,central"
+        "**Same classes, same world** (CIFAR-10, a prior of 5,000 images and 5,000 new ones)",
+        *("cifar", "instance", 2),
+        f"{BASELINES},{ABLATIONS},fallow,joint,central",
+    ),
+    "instance-2-bytes": Table(
+        "**The same at equal bytes**: as many rounds as what fallow sends allows",
+        *("cifar", "instance", 2),
+        "fedavg,fedavg-int8,fallow",
+        ("--budget=bytes",),
     ),
     "instance-5": Table(
-        "cifar",
-        ("--protocol=instance", "--parts=5", "--part-size=2500"),
+        "**Four steps in a row** (CIFAR-10, 2,500 new images each)",
+        *("cifar", "instance", 5),
         f"{BASELINES},fallow,joint",
+        ("--part-size=2500",),
     ),
     "domain-2": Table(
-        "cifar", ("--protocol=domain", "--parts=2"), f"{BASELINES},two-models,fallow,joint"
+        "**Another world** (CIFAR-10, the new images dark, blurred and noisy)",
+        *("cifar", "domain", 2),
+        f"{BASELINES},{ABLATIONS},two-models,statistics,no-statistics,no-rotations,fallow,joint",
     ),
-    "class-2": Table("cifar", ("--protocol=class", "--parts=2"), f"{BASELINES},fallow,joint"),
+    "class-2": Table(
+        "**New classes** (CIFAR-10, five classes and then five others, told apart among all ten)",
+        *("cifar", "class", 2),
+        f"{BASELINES},fallow,joint",
+    ),
     "emoji": Table(
-        "emoji",
-        ("--protocol=domain", "--prior-size=0", "--part-size=0"),
+        "**A natural stream of worlds** (emoji in ten classes by vendor: openmoji, then "
+        "twemoji + emojione, noto, fluent-emoji; nothing retuned)",
+        *("emoji", "domain", 4),
         f"{BASELINES},two-models,fallow,joint",
+        ("--prior-size=0", "--part-size=0"),
         ("openmoji", "twemoji+emojione", "noto", "fluent-emoji"),
     ),
     "fashion-instance-2": Table(
-        "fashion", ("--protocol=instance", "--parts=2"), f"{BASELINES},fallow,joint"
+        "**Fashion-MNIST, same classes** (5,000 and 5,000 images; nothing retuned)",
+        *("fashion", "instance", 2),
+        f"{BASELINES},fallow,joint",
     ),
     "fashion-class-2": Table(
-        "fashion", ("--protocol=class", "--parts=2"), f"{BASELINES},fallow,joint"
+        "**Fashion-MNIST, new classes** (nothing retuned)",
+        *("fashion", "class", 2),
+        f"{BASELINES},fallow,joint",
     ),
 }
 
@@ -86,11 +122,15 @@ def main() -> None:
     parser.add_argument("--workers", default="0")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     parser.add_argument("--print", action="store_true", dest="printed")
+    parser.add_argument("--readme", action="store_true", help="write them into the README, too")
     options = parser.parse_args()
-    if options.printed:
-        for name in STREAMS:
-            if _target(name).exists():
-                print(markdown(json.loads(_target(name).read_text())))
+    if options.printed or options.readme:
+        text = "\n\n".join(markdown(name) for name in STREAMS if _target(name).exists())
+        print(text)
+        if options.readme:
+            before, _, rest = README.read_text().partition(BEGIN)
+            after = rest.partition(END)[2]
+            README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
         return
     given = vars(options)
     wanted = options.only.split(",") if options.only else list(STREAMS)
@@ -104,6 +144,7 @@ def main() -> None:
         table = STREAMS[name]
         folder = options.out / table.data
         command = [sys.executable, "-m", "server.cli", "bench", *table.arguments]
+        command += ["--protocol", table.protocol, "--parts", str(table.parts)]
         where = given[table.data]
         for place in [f"{where}@vendor={world}" for world in table.worlds] or [where]:
             command += ["--data", place]
@@ -115,8 +156,7 @@ def main() -> None:
 
 def write(name: str, folder: Path) -> None:
     """Keep what a stream's results say, without the lines of its rounds."""
-    protocol, _, parts = name.removeprefix("fashion-").partition("-")
-    stream = ("domain", 4) if name == "emoji" else (protocol, int(parts))
+    stream = (STREAMS[name].protocol, STREAMS[name].parts)
     results = json.loads((folder / "results.json").read_text())
 
     def mine(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,12 +165,15 @@ def write(name: str, folder: Path) -> None:
     cells = [{k: v for k, v in cell.items() if k != "rounds"} for cell in mine(results["cells"])]
     kept = {"stream": name, "table": mine(results["table"]), "cells": cells}
     _target(name).write_text(json.dumps(kept, indent=1) + "\n")
-    print(markdown(kept))
+    print(markdown(name))
 
 
-def markdown(kept: dict[str, Any]) -> str:
+def markdown(name: str) -> str:
     """Return what the README shows of a stream: accuracies of the last model, in %, and costs."""
-    rows = kept["table"]
+    table, kept = STREAMS[name], json.loads(_target(name).read_text())
+    order = table.methods.split(",")
+    rows = [row for row in kept["table"] if row["method"] in order]
+    rows.sort(key=lambda row: order.index(row["method"]))
     parts = list(rows[0]["final"]) if len(rows[0]["final"]) > 1 else []
     head = ["method", "seeds", *parts, "mean", "bytes", "device time", "parameters"]
     lines = [head, ["---"] * len(head)]
@@ -140,7 +183,7 @@ def markdown(kept: dict[str, Any]) -> str:
         seeds = ", ".join(map(str, row["seeds"]))
         size = f"{row['slim %']['mean'] * 100:.0f} %"
         lines.append([row["method"], seeds, *accuracies, _percent(row["ACC"]), *costs, size])
-    return "\n".join(["", kept["stream"], "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join([f"{table.title}:", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _percent(stat: dict[str, Any]) -> str:
