@@ -26,7 +26,7 @@ from common.data import Augment, ImageSet, Normalisation
 from common.distill import class_log_shares
 from common.errors import NetError, UpdateError
 from common.experts import expert_layout
-from common.features import ClosedFormNet, Discriminant, class_sums, feature_size
+from common.features import ClosedFormNet, Discriminant, Scores, class_sums, feature_size
 from common.filters import FilterGraph, cut
 from common.gate import stem_conv, stem_moments
 from common.importance import sensitivity, taylor
@@ -465,8 +465,8 @@ def _rival(order: Order, trunk: nn.Module, graph: FilterGraph, packed: np.ndarra
     """Return a copy of the trunk with a classifier of its features in place of its own."""
     copied = copy.deepcopy(trunk).cpu()
     size = feature_size(copied, graph.head, order.net.input_shape, order.layers)
-    classifier = Discriminant.unpack(packed, order.net.classes, size)
-    return ClosedFormNet(copied, graph.head, classifier, order.layers).eval()
+    scores = Scores(Discriminant.unpack(packed, order.net.classes, size))
+    return ClosedFormNet(copied, graph.head, scores, order.layers).eval()
 
 
 def _class_sums(

@@ -246,14 +246,14 @@ class Config(BaseModel):
     statistics_features: Literal["all", "last"] = Field(
         "all", description="they are taken of every layer's channels, or of the classifier's input"
     )
-    statistics_most: int = Field(
-        150,
+    opinion_features: int = Field(
+        650,
         ge=0,
-        description="most features in what they say beside an expert's classifier; 0: all",
+        description="most features in what they say beside the classifiers of experts; 0: all",
     )
-    statistics_weight: NotNegative = Field(
-        0.25,
-        description="weight of class statistics beside an expert's own classifier; 0: not gathered",
+    opinion_weight: NotNegative = Field(
+        1.0,
+        description="weight of class statistics beside those classifiers; 0: not gathered",
     )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"

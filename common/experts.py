@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.features import ClosedFormNet, Discriminant, ScaleShift
+from common.features import ClosedFormNet, Discriminant, ScaleShift, Scores
 from common.filters import BN_KINDS
 from common.gate import Gate, Moments, look, stem_conv
 from common.layout import Entry, Layout
@@ -64,6 +64,10 @@ def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: kinds[name] for name in state}
 
 
+_AXES = 8
+"""On which the gate looks at an image; with all that there are it is no surer, and larger."""
+
+
 class ExpertNet(nn.Module):
     """Trunk, experts and gate as one net, for inference: pixels in, log probabilities out.
 
@@ -82,10 +86,13 @@ class ExpertNet(nn.Module):
         Weights of the first convolution through which the gate looks.
     head : str
         Name of the classifier.
-    beside : sequence of Discriminant or None
-        What statistics of each world's net say; None where there are none.
+    told : sequence of bool
+        For each world, whether `discriminant` is made of statistics of its net too.
+    discriminant : Discriminant or None
+        A classifier of any world's features, each as its own net sees it. One for all: the
+        experts begin as the trunk, so that the features keep their meaning.
     weight : float
-        Of these beside the net's own logits.
+        Of its scores beside the net's own logits.
     """
 
     def __init__(
@@ -95,22 +102,24 @@ class ExpertNet(nn.Module):
         worlds: Sequence[Moments],
         stem: torch.Tensor,
         head: str,
-        beside: Sequence[Discriminant | None],
+        told: Sequence[bool],
+        discriminant: Discriminant | None,
         weight: float,
     ) -> None:
         super().__init__()
         first = copy.deepcopy(trunk).eval()
         nets = [first, *(_expert(first, expert) for expert in experts)]
         self.stem = stem_conv(first, stem)
+        scores = None if discriminant is None else Scores(discriminant.impartial(), weight)
         self.nets = nn.ModuleList(
             [
-                _without_bn(net)
-                if more is None
-                else ClosedFormNet(_without_bn(net), head, more, beside=weight)
-                for net, more in zip(nets, beside, strict=True)
+                ClosedFormNet(_without_bn(net), head, scores, beside=True)
+                if scores is not None and is_told
+                else _without_bn(net)
+                for net, is_told in zip(nets, told, strict=True)
             ]
         )
-        self.gate = Gate(worlds)
+        self.gate = Gate(worlds, _AXES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images ``[B, C, H, W]`` to log probabilities ``[B, classes]``."""

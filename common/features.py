@@ -10,7 +10,6 @@ of FeCAM (Goswami et al., NeurIPS 2023) and Fed3R (Fani et al., ICML 2024).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
@@ -23,7 +22,6 @@ from torch.nn import functional as F
 from common.accelerator import CPU, Accelerator
 from common.errors import UpdateError
 from common.gate import look
-from common.state import State
 from common.update import check_values
 
 _SHRINKAGE = 0.01
@@ -266,18 +264,6 @@ class Discriminant:
         there = bias > _NEVER / 2
         return cls(np.arange(size), centre, weight.reshape(classes, size), bias, there)
 
-    def as_state(self) -> State:
-        """Return all of it as tensors."""
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(array))
-            for name, array in vars(self).items()
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, torch.Tensor]) -> Self:
-        """Read what `as_state` wrote."""
-        return cls(**{name: tensor.numpy() for name, tensor in state.items()})
-
 
 def packed_size(classes: int, size: int) -> int:
     """Return how many values packed class statistics have."""
@@ -323,6 +309,25 @@ def feature_size(
     return int(features(torch.zeros(1, *input_shape))[0].shape[1])
 
 
+class Scores(nn.Module):
+    """A discriminant as a layer: features [B, D] in, scores [B, classes] out, times `weight`."""
+
+    def __init__(self, discriminant: Discriminant, weight: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("chosen", torch.from_numpy(discriminant.chosen))
+        self.centre = nn.Parameter(torch.from_numpy(discriminant.centre).float(), False)
+        self.classifier = nn.Linear(discriminant.weight.shape[1], len(discriminant.bias))
+        with torch.no_grad():
+            self.classifier.weight.copy_(torch.from_numpy(discriminant.weight * weight))
+            self.classifier.bias.copy_(torch.from_numpy(discriminant.bias * weight))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map features to scores."""
+        chosen: torch.Tensor = self.get_buffer("chosen")
+        scores: torch.Tensor = self.classifier(features.index_select(1, chosen) - self.centre)
+        return scores
+
+
 class ClosedFormNet(nn.Module):
     """A net whose classifier is made of class statistics, alone or beside its own; for inference.
 
@@ -332,38 +337,30 @@ class ClosedFormNet(nn.Module):
         Its tensors are shared, not copied.
     head : str
         Name of its classifier.
-    discriminant : Discriminant
-        Made of statistics of the net's features.
+    scores : Scores
+        Made of statistics of the net's features; may be shared with other nets.
     layers : {"all", "last"}
         Which features (see `FeatureNet`).
-    beside : float or None
-        Weight of the discriminant's scores beside the net's logits; None: these do not count.
+    beside : bool
+        Whether the net's own logits count as well.
     """
 
     def __init__(
         self,
         net: nn.Module,
         head: str,
-        discriminant: Discriminant,
+        scores: Scores,
         layers: Layers = "all",
-        beside: float | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
         super().__init__()
         self.features = FeatureNet(net, head, layers)
-        self.beside = beside is not None
-        if beside is not None:
-            discriminant = discriminant.impartial()
-        scale = 1.0 if beside is None else beside
-        self.register_buffer("chosen", torch.from_numpy(discriminant.chosen))
-        self.centre = nn.Parameter(torch.from_numpy(discriminant.centre).float(), False)
-        self.classifier = nn.Linear(discriminant.weight.shape[1], len(discriminant.bias))
-        with torch.no_grad():
-            self.classifier.weight.copy_(torch.from_numpy(discriminant.weight * scale))
-            self.classifier.bias.copy_(torch.from_numpy(discriminant.bias * scale))
+        self.scores = scores
+        self.beside = beside
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, C, H, W] to scores [B, classes]."""
         features, logits = self.features(x)
-        chosen: torch.Tensor = self.get_buffer("chosen")
-        scores: torch.Tensor = self.classifier(features.index_select(1, chosen) - self.centre)
+        scores: torch.Tensor = self.scores(features)
         return logits + scores if self.beside else scores

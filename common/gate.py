@@ -137,28 +137,55 @@ class Gate(nn.Module):
     ----------
     worlds : sequence of Moments
         One a world.
+    most : int, optional
+        Look along so many axes at most, those on which the worlds differ the most: a phone then
+        has K small matrices to store, and not K of d x d.
     """
 
-    def __init__(self, worlds: Sequence[Moments]) -> None:
+    def __init__(self, worlds: Sequence[Moments], most: int | None = None) -> None:
         super().__init__()
+        centre = np.mean([world.mean for world in worlds], 0)
+        axes = np.eye(len(centre)) if most is None else differing(worlds, most)
         means, whitenings, constants = [], [], []
         for world in worlds:
-            factor = np.linalg.cholesky(world.covariance)
-            means.append(world.mean)
+            factor = np.linalg.cholesky(axes.T @ world.covariance @ axes)
+            means.append((world.mean - centre) @ axes)
             whitenings.append(np.linalg.inv(factor).T)
             constants.append(-np.log(np.diag(factor)).sum())
         # Parameters, so that they count as part of the model's size.
+        self.centre = _fixed(centre)
+        self.axes = None if most is None else _fixed(axes)
         self.means = _fixed(np.stack(means))
         self.whitenings = _fixed(np.stack(whitenings))
         self.constants = _fixed(np.array(constants))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map features [B, d] to log posteriors [B, K]."""
+        features = features - self.centre
+        if self.axes is not None:
+            features = features @ self.axes
         distances = []
         for world in range(len(self.constants)):
             white = (features - self.means[world]) @ self.whitenings[world]
             distances.append(self.constants[world] - 0.5 * white.square().sum(1))
         return torch.log_softmax(torch.stack(distances, 1), 1)
+
+
+def differing(worlds: Sequence[Moments], most: int) -> np.ndarray:
+    """Return at most `most` axes [d, q] on which means and covariances of worlds differ the most.
+
+    Sliced average variance estimation with a slice a world, in features whitened by the worlds'
+    mean covariance (Cook & Weisberg, JASA 86, 1991).
+    """
+    factor = np.linalg.cholesky(np.mean([world.covariance for world in worlds], 0))
+    white = np.linalg.inv(factor).T
+    centre = np.mean([world.mean for world in worlds], 0)
+    spread = np.zeros_like(factor)
+    for world in worlds:
+        mean = (world.mean - centre) @ white
+        apart = np.eye(len(mean)) - white.T @ world.covariance @ white
+        spread += np.outer(mean, mean) + apart @ apart
+    return np.asarray(white @ np.linalg.eigh(spread)[1][:, ::-1][:, :most])
 
 
 def separation(a: Moments, b: Moments, rng: np.random.Generator, draws: int = 2000) -> float:

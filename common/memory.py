@@ -7,6 +7,7 @@ changed, and class statistics of the trunk's features.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from common.experts import ExpertNet
-from common.features import ClassSums, ClosedFormNet, Discriminant, Head, Layers
+from common.features import ClassSums, ClosedFormNet, Head, Layers, Scores
 from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments
 from common.state import State, write_state
@@ -47,8 +48,8 @@ class Memory:
         Of which features.
     most : int
         Of how many of them at most, beside a net's own classifier; 0 is all.
-    beside : tuple of Discriminant or None
-        For every expert, what statistics of its own features say; None where there are none.
+    beside : tuple of ClassSums or None
+        For every expert, class statistics of its own features; None where there are none.
     weight : float
         Of such statistics beside a net's own classifier.
     rival : ClassSums or None
@@ -68,7 +69,7 @@ class Memory:
     head: Head = "lda"
     layers: Layers = "all"
     most: int = 0
-    beside: tuple[Discriminant | None, ...] = ()
+    beside: tuple[ClassSums | None, ...] = ()
     weight: float = 0.0
     rival: ClassSums | None = None
 
@@ -93,11 +94,9 @@ class Memory:
             state |= {f"world.{number}.{name}": tensor for name, tensor in parts.items()}
         for number, expert in enumerate(self.experts):
             state |= {f"expert.{number}.{name}": tensor for name, tensor in expert.items()}
-        for number, discriminant in enumerate(self.beside):
-            if discriminant is not None:
-                parts = discriminant.as_state()
-                state |= {f"beside.{number}.{name}": tensor for name, tensor in parts.items()}
-        for kind, sums in (("classes", self.classes), ("rival", self.rival)):
+        kinds = {"classes": self.classes, "rival": self.rival}
+        kinds |= {f"beside.{number}": sums for number, sums in enumerate(self.beside)}
+        for kind, sums in kinds.items():
             if sums is not None:
                 state |= {f"{kind}.{k}": torch.from_numpy(v) for k, v in vars(sums).items()}
         return state
@@ -109,10 +108,6 @@ class Memory:
 
         def under(prefix: str) -> State:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-        def discriminant(number: int) -> Discriminant | None:
-            parts = under(f"beside.{number}.")
-            return Discriminant.from_state(parts) if parts else None
 
         def sums(kind: str) -> ClassSums | None:
             parts = {name: tensor.numpy() for name, tensor in under(f"{kind}.").items()}
@@ -129,7 +124,7 @@ class Memory:
             head=get_args(Head)[head],
             layers=get_args(Layers)[layers],
             most=most,
-            beside=tuple(discriminant(number) for number in range(experts)),
+            beside=tuple(sums(f"beside.{number}") for number in range(experts)),
             weight=float(state["weight"][0]),
             rival=sums("rival"),
         )
@@ -169,14 +164,18 @@ def assembled(
     sums = memory.classes
     if memory.closed:
         assert sums is not None
-        return ClosedFormNet(trunk, graph.head, sums.discriminant(memory.head), memory.layers)
-    first = sums.discriminant(memory.head, memory.most) if sums and memory.weight else None
+        scores = Scores(sums.discriminant(memory.head))
+        return ClosedFormNet(trunk, graph.head, scores, memory.layers)
+    by_world = (sums if memory.weight else None, *memory.beside)
+    known = [one for one in by_world if one is not None]
+    pooled = functools.reduce(ClassSums.__add__, known) if known else None
     return ExpertNet(
         trunk,
         memory.experts,
         memory.worlds,
         memory.stem,
         graph.head,
-        (first, *memory.beside),
+        [one is not None for one in by_world],
+        None if pooled is None else pooled.discriminant(memory.head, memory.most),
         memory.weight,
     )

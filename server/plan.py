@@ -28,7 +28,7 @@ from torch import nn
 from common.anchor import without
 from common.config import Config
 from common.experts import changed_by, expert_layout
-from common.features import ClassSums, Discriminant, feature_size
+from common.features import ClassSums, feature_size
 from common.features import packed_size as sums_size
 from common.filters import FilterGraph, FreeSet, common_part, cut, portion, union
 from common.gate import Moments, likened, separation, separation_by_channel
@@ -546,7 +546,7 @@ def _after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         outcome, tail = replace(outcome, values=tail), None
     if done == config.rounds and state.way == "expert":
         grown = replace(state, values=outcome.values, tail=None)
-        if config.statistics_weight:
+        if config.opinion_weight:
             return replace(grown, phase="tally", round=0)
         return _after_expert(plan, grown, outcome, None)
     if done == config.rounds and config.freeing in ("prior", "never"):
@@ -865,7 +865,7 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         )
         return replace(growing, memory=memory, seen=seen)
     another = replace(state, seen=seen, way="expert", memory=memory, world=world)
-    if memory.plain and memory.classes is not None and plan.config.statistics_weight:
+    if memory.plain and memory.classes is not None and plan.config.opinion_weight:
         return replace(another, round=1)  # what class statistics alone would be worth
     return _begin_expert(plan, another, memory, outcome)
 
@@ -918,7 +918,6 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     assert outcome.sums is not None
     classes = plan.spec.classes
     sums = ClassSums.unpack(outcome.sums, classes, _feature_size(plan, state))
-    config = plan.config
     memory, rival = state.memory, None if state.memory is None else state.memory.rival
     if memory is not None and rival is not None:
         if outcome.rival_right > outcome.right:
@@ -926,12 +925,11 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
             accuracy = outcome.rival_right / outcome.heldout
             return _learn_classes(plan, tried, memory, rival, outcome.class_counts, accuracy)
         state = replace(state, memory=replace(memory, rival=None))
-    beside = sums.discriminant(config.statistics_head, config.statistics_most)
-    return _after_expert(plan, state, outcome, beside)
+    return _after_expert(plan, state, outcome, sums)
 
 
 def _after_expert(
-    plan: Plan, state: RunState, outcome: Outcome, beside: Discriminant | None
+    plan: Plan, state: RunState, outcome: Outcome, beside: ClassSums | None
 ) -> RunState:
     """End a step with an expert, if it is better than what there was in its world.
 
@@ -1023,7 +1021,7 @@ def rounds_left(plan: Plan, state: RunState) -> int:
     looks = 0 if state.memory is None else 1
     if state.way == "expert":
         growing = config.rounds - (state.round if state.phase == "grow" else 0)
-        growing = 1 if state.phase == "tally" else growing + (config.statistics_weight > 0)
+        growing = 1 if state.phase == "tally" else growing + (config.opinion_weight > 0)
         growing += state.phase == "look"
         return growing + (config.steps - state.step) * (looks + config.rounds)
     of_step = {

@@ -57,8 +57,8 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
         ),
         head=config.statistics_head,
         layers=config.statistics_features,
-        most=config.statistics_most,
-        weight=config.statistics_weight,
+        most=config.opinion_features,
+        weight=config.opinion_weight,
     )
 
 

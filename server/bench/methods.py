@@ -136,7 +136,7 @@ _ALL = (
             "shift": "auto",
             "expert_share": 1.0,
             "expert_lr": 0.03,
-            "statistics_weight": 0.0,
+            "opinion_weight": 0.0,
         },
     ),
     Method(
@@ -153,7 +153,7 @@ _ALL = (
     Method(
         "no-statistics",
         "fallow whose experts answer by their own classifiers alone",
-        {"statistics_weight": 0.0},
+        {"opinion_weight": 0.0},
     ),
     Method("no-reinit", "fallow without re-initialisation of what is freed", {"regrow": False}),
     Method("no-distillation", "fallow without a teacher while growing", {"kd_teacher": "none"}),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.experts import ExpertNet, changed_by, expert_layout
-from common.features import ClosedFormNet, class_sums
+from common.features import ClosedFormNet, Scores, class_sums
 from common.gate import Gate, Moments, look, stem_conv, stem_moments
 from common.nets import build
 from common.state import State, read_state, write_state
@@ -66,7 +66,7 @@ def test_worlds_are_answered_by_their_experts_mixed_by_the_gate() -> None:
     net = trunk()
     expert = an_expert(net)
     seen = worlds(net)
-    mixed = ExpertNet(net, [expert], seen, stem(net), "fc", (None, None), 0.0)
+    mixed = ExpertNet(net, [expert], seen, stem(net), "fc", (False, False), None, 0.0)
     second = trunk()
     write_state(second, {**read_state(second), **expert})
     x = torch.cat([images(0.0), images(3.0)])
@@ -82,7 +82,9 @@ def test_what_an_expert_does_not_change_is_stored_once_and_the_trunk_left_alone(
     net = trunk()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     expert = an_expert(net, share=0.05)
-    mixed = ExpertNet(net, [expert, expert], worlds(net) * 2, stem(net), "fc", (None,) * 3, 0.0)
+    mixed = ExpertNet(
+        net, [expert, expert], worlds(net) * 2, stem(net), "fc", (False,) * 3, None, 0.0
+    )
     held = sum(p.numel() for p in mixed.parameters())
     own = sum(t.numel() for n, t in expert.items() if "running" not in n)
     whole = sum(p.numel() for p in net.parameters())
@@ -99,14 +101,19 @@ def test_class_statistics_are_a_second_opinion_in_every_world() -> None:
     labels = torch.arange(30) % 4
     second = trunk()
     write_state(second, {**read_state(second), **expert})
-    opinions = [
-        class_sums(one, "fc", images(shift), labels, 4).discriminant("lda", 10)
+    sums = [
+        class_sums(one, "fc", images(shift), labels, 4)
         for one, shift in ((net, 0.0), (second, 3.0))
     ]
-    mixed = ExpertNet(net, [expert], worlds(net), stem(net), "fc", opinions, 0.5)
+    opinion = (sums[0] + sums[1]).discriminant("lda", 10)
+    mixed = ExpertNet(net, [expert], worlds(net), stem(net), "fc", (True, True), opinion, 0.5)
     assert all(isinstance(one, ClosedFormNet) for one in mixed.nets)
+    assert len({id(one.scores) for one in mixed.nets}) == 1  # stored once
+    partly = ExpertNet(net, [expert], worlds(net), stem(net), "fc", (False, True), opinion, 0.5)
+    assert [isinstance(one, ClosedFormNet) for one in partly.nets] == [False, True]
     with torch.no_grad():
-        alone = ClosedFormNet(second, "fc", opinions[1], beside=0.5)(images(3.0))
+        scores = Scores(opinion.impartial(), 0.5)
+        alone = ClosedFormNet(second, "fc", scores, beside=True)(images(3.0))
         torch.testing.assert_close(
             mixed(images(3.0)).exp(), F.softmax(alone, 1), rtol=1e-2, atol=1e-3
         )

@@ -17,6 +17,7 @@ from common.features import (
     Discriminant,
     FeatureNet,
     ScaleShift,
+    Scores,
     class_sums,
     feature_size,
     packed_size,
@@ -138,13 +139,6 @@ def test_class_statistics_that_are_not_sound_are_refused() -> None:
             ClassSums.unpack(bad, CLASSES, 5)
 
 
-def test_a_discriminant_is_read_back_as_it_was_written() -> None:
-    one = ClassSums.of(*blobs(), CLASSES).discriminant("lda", 3)
-    back = Discriminant.from_state(one.as_state())
-    for name, array in vars(one).items():
-        np.testing.assert_array_equal(getattr(back, name), array)
-
-
 # nets
 
 
@@ -177,8 +171,9 @@ def test_a_closed_form_net_answers_by_its_statistics_alone_or_beside_its_classif
     discriminant = sums.discriminant("lda", 12)
     with torch.no_grad():
         features, logits = FeatureNet(small_net(), "fc")(x)
-        alone = ClosedFormNet(small_net(), "fc", discriminant)(x)
-        beside = ClosedFormNet(small_net(), "fc", discriminant, beside=0.25)(x)
+        alone = ClosedFormNet(small_net(), "fc", Scores(discriminant))(x)
+        more = Scores(discriminant.impartial(), 0.25)
+        beside = ClosedFormNet(small_net(), "fc", more, beside=True)(x)
     expected = scores(discriminant, features).float()
     torch.testing.assert_close(alone, expected, rtol=1e-3, atol=1e-3)
     assert (alone.argmax(1) == labels).float().mean() > 0.7  # it was made of these images

@@ -12,6 +12,7 @@ from common.errors import NetError, UpdateError
 from common.gate import (
     Gate,
     Moments,
+    differing,
     likened,
     look,
     packed_size,
@@ -79,6 +80,25 @@ def test_the_gate_is_the_posterior_of_gaussians() -> None:
     torch.testing.assert_close(gate(x).double(), densities.log_softmax(1), rtol=1e-3, atol=1e-3)
     right = (gate(one).argmax(1) == 0).float().mean() + (gate(other).argmax(1) == 1).float().mean()
     assert right / 2 > 0.8
+
+
+def test_few_axes_tell_worlds_apart_that_differ_in_few() -> None:
+    rng = torch.Generator().manual_seed(3)
+    plain, moved, wide = (torch.randn(2000, 12, generator=rng) for _ in range(3))
+    moved[:, 4] += 6
+    wide[:, 7] *= 8
+    worlds = [Moments.of(one) for one in (plain, moved, wide)]
+    axes = differing(worlds, 2)
+    assert axes.shape == (12, 2)
+    length = np.linalg.norm(axes, axis=0)
+    assert (np.linalg.norm(axes[[4, 7]], axis=0) > 0.95 * length).all()
+    whole, few = Gate(worlds), Gate(worlds, 2)
+    for number, one in enumerate((plain, moved, wide)):
+        right = [(gate(one).argmax(1) == number).float().mean() for gate in (whole, few)]
+        assert right[1] > right[0] - 0.02
+    sizes = [sum(p.numel() for p in gate.parameters()) for gate in (whole, few)]
+    assert sizes == [12 + 3 * (12 + 144 + 1), 12 + 24 + 3 * (2 + 4 + 1)]
+    torch.testing.assert_close(Gate(worlds, 12)(plain), whole(plain), rtol=1e-3, atol=1e-3)
 
 
 def test_separation_is_what_the_gate_would_achieve() -> None:

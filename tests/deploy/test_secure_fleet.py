@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 from fleet import FAST, Fleet, fleet
-from processes import ROOT, Process, attempt, digests, free_port, run, simulate, until, wait_for
+from processes import (
+    ROOT,
+    Process,
+    at_another_time,
+    attempt,
+    digests,
+    free_port,
+    run,
+    simulate,
+    until,
+    wait_for,
+)
 from proxy import ask, nginx_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -149,6 +160,25 @@ def test_unknown_and_duplicate_keys_are_refused(secure: Fleet, proxy: int, certs
     copied = attempt([CERTS, "register", str(certs), "copy", str(secure.state)])
     assert copied.returncode == 1
     assert "did not register 'copy'" in copied.stderr
+
+
+def test_a_clock_that_is_a_day_off_keeps_a_device_out_until_it_is_right(
+    secure: Fleet, proxy: int, certs: Path, devices: tuple[Process, Process]
+) -> None:
+    """A key signs the time, and a certificate has a first day."""
+    run([CERTS, "device", str(certs), "east"])
+    run([CERTS, "register", str(certs), "east", str(secure.state)])
+    command = _supernode(proxy, secure.device_flags("east"))
+    for clock in ("+1d", "-1d"):
+        wrong = secure.start(f"east{clock}", at_another_time(command, clock))
+        assert wrong.wait(300) != 0, wrong.said()
+        assert "Failed to initialize the connection" in wrong.said()
+    log = secure.folder / "superlink.log"
+    before = log.read_text().count("Activated node")
+    east = secure.start("east", _supernode(proxy, secure.device_flags("east")))
+    until(lambda: log.read_text().count("Activated node") > before, 300, east.said())
+    east.end()
+    assert [device.code() for device in devices] == [None, None]
 
 
 def test_a_revoked_device_is_out_at_once_and_stays_out(

@@ -208,7 +208,6 @@ def test_an_expert_is_kept_with_its_world_and_a_second_opinion(plan: Plan) -> No
     assert (len(memory.worlds), len(memory.experts), len(memory.beside)) == (2, 1, 1)
     assert all(torch.equal(expert[name], t) for name, t in memory.experts[0].items())
     assert memory.beside[0] is not None
-    assert len(memory.beside[0].chosen) <= plan.config.statistics_most
     assert state_digest(done.prior) == state_digest(first.prior)
     net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
     assert isinstance(net, ExpertNet)
@@ -242,7 +241,7 @@ def test_an_expert_as_good_as_class_statistics_stays(plan: Plan) -> None:
 
 
 def test_old_images_keep_their_answers_when_a_world_is_added() -> None:
-    plan = make_plan(steps=2, rounds=2, statistics_weight=0.0)
+    plan = make_plan(steps=2, rounds=2, opinion_weight=0.0)
     first = begin(plan)
     done = grown(plan, first, 3.0)
     assert done.step == 2  # nothing is tallied

@@ -13,6 +13,7 @@ from processes import (
     TINY,
     Process,
     assignments,
+    at_another_time,
     descendants,
     device_command,
     free_port,
@@ -70,10 +71,12 @@ class Fleet:
         address: str | None = None,
         flags: list[str] | None = None,
         of: int = 2,
+        clock: str = "",
     ) -> Process:
-        """Start device `number` of so many."""
+        """Start device `number` of so many; `clock` is how much its own is off."""
         address = address or f"127.0.0.1:{self.port}"
         command = device_command(number, address, self.folder, flags or ["--insecure"], of)
+        command = at_another_time(command, clock) if clock else command
         return self.start(f"device-{number}", command)
 
     def secure_device(self, number: int, name: str, port: int) -> Process:

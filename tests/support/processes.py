@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -40,6 +42,21 @@ ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+def at_another_time(command: list[str], offset: str) -> list[str]:
+    """Return a command whose clock is off, by ``+1d`` or ``-1d``; it still ticks evenly."""
+    faketime = shutil.which("faketime")
+    if faketime is None:
+        pytest.skip("faketime is not installed (deploy/install-test-packages.sh)")
+    return [
+        shutil.which("env") or "env",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1",
+        faketime,
+        "-f",
+        offset,
+        *command,
+    ]
 
 
 def simulate(engine: str, out: Path, settings: dict[str, str] = TINY) -> Path:
