@@ -30,9 +30,15 @@ class Reply:
     size: int
 
 
+_TTL_SECONDS = 3 * 86400.0
+"""Longer than any round. A device works out from its own clock how long its reply may live, and a
+SuperLink refuses one that has no time left: with Flower's 12 hours, that of every device whose
+clock is a day ahead."""
+
+
 def hello_message(node: int) -> Message:
     """Return the message that asks a node for its name."""
-    return Message(RecordDict(), dst_node_id=node, message_type="query", group_id="hello")
+    return Message(RecordDict(), node, "query", ttl=_TTL_SECONDS, group_id="hello")
 
 
 def order_message(
@@ -43,7 +49,7 @@ def order_message(
     if arrays:
         content["arrays"] = ArrayRecord({name: _array(a) for name, a in arrays.items()})
     group = group_of(order, attempt)
-    message = Message(content, dst_node_id=node, message_type="train", group_id=group)
+    message = Message(content, node, "train", ttl=_TTL_SECONDS, group_id=group)
     return message, _size(content)
 
 

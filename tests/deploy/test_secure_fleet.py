@@ -10,8 +10,8 @@ from fleet import FAST, Fleet, fleet
 from processes import (
     ROOT,
     Process,
-    at_another_time,
     attempt,
+    clock_off_by,
     digests,
     free_port,
     run,
@@ -165,16 +165,16 @@ def test_unknown_and_duplicate_keys_are_refused(secure: Fleet, proxy: int, certs
 def test_a_clock_that_is_a_day_off_keeps_a_device_out_until_it_is_right(
     secure: Fleet, proxy: int, certs: Path, devices: tuple[Process, Process]
 ) -> None:
-    """A key signs the time, and a certificate has a first day."""
+    """A key signs the time."""
     run([CERTS, "device", str(certs), "east"])
     run([CERTS, "register", str(certs), "east", str(secure.state)])
     command = _supernode(proxy, secure.device_flags("east"))
-    for clock in ("+1d", "-1d"):
-        wrong = secure.start(f"east{clock}", at_another_time(command, clock))
-        assert wrong.wait(300) != 0, wrong.said()
-        assert "Failed to initialize the connection" in wrong.said()
     log = secure.folder / "superlink.log"
     before = log.read_text().count("Activated node")
+    for days in (1, -1):
+        wrong = secure.start(f"east{days}", command, **clock_off_by(days))
+        wrong.wait(300)  # Flower ends it with code 0 or 1; systemd starts it again either way
+        assert log.read_text().count("Activated node") == before, wrong.said()
     east = secure.start("east", _supernode(proxy, secure.device_flags("east")))
     until(lambda: log.read_text().count("Activated node") > before, 300, east.said())
     east.end()

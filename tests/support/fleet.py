@@ -13,7 +13,7 @@ from processes import (
     TINY,
     Process,
     assignments,
-    at_another_time,
+    clock_off_by,
     descendants,
     device_command,
     free_port,
@@ -71,13 +71,13 @@ class Fleet:
         address: str | None = None,
         flags: list[str] | None = None,
         of: int = 2,
-        clock: str = "",
+        days_off: float = 0,
     ) -> Process:
-        """Start device `number` of so many; `clock` is how much its own is off."""
+        """Start device `number` of so many; its clock may be `days_off`."""
         address = address or f"127.0.0.1:{self.port}"
         command = device_command(number, address, self.folder, flags or ["--insecure"], of)
-        command = at_another_time(command, clock) if clock else command
-        return self.start(f"device-{number}", command)
+        environment = clock_off_by(days_off) if days_off else {}
+        return self.start(f"device-{number}", command, **environment)
 
     def secure_device(self, number: int, name: str, port: int) -> Process:
         """Start a device with the keys that deploy/certs made for `name`."""

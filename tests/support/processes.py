@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import pytest
-
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -44,19 +42,10 @@ ENVIRONMENT = {
 }
 
 
-def at_another_time(command: list[str], offset: str) -> list[str]:
-    """Return a command whose clock is off, by ``+1d`` or ``-1d``; it still ticks evenly."""
-    faketime = shutil.which("faketime")
-    if faketime is None:
-        pytest.skip("faketime is not installed (deploy/install-test-packages.sh)")
-    return [
-        shutil.which("env") or "env",
-        "FAKETIME_DONT_FAKE_MONOTONIC=1",
-        faketime,
-        "-f",
-        offset,
-        *command,
-    ]
+def clock_off_by(days: float) -> dict[str, str]:
+    """Return the environment of a Python process whose clock is off; it still ticks evenly."""
+    folder = Path(__file__).parent / "wrong_clock"
+    return {"CLOCK_OFF_BY": str(days * 86400), "PYTHONPATH": str(folder)}
 
 
 def simulate(engine: str, out: Path, settings: dict[str, str] = TINY) -> Path:
