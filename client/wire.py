@@ -111,11 +111,13 @@ def packed_update(
         Clips and noises the difference. What is kept of an encoding is then noised too, so that
         adding it to the next discloses nothing.
     """
+    if order.feedback is None and privacy is None:
+        return trained
     moved = trained - start
     if privacy is not None:
         moved = privacy.apply(moved)
     if order.feedback is None:
-        return trained if privacy is None else move(start, moved, layout)
+        return move(start, moved, layout)
     kept = bases.feedback
     wanted = moved + kept.get(device, order.feedback, order.round, layout.size)
     rng = numpy_rng("encode", order.feedback, order.round, device)

@@ -62,7 +62,9 @@ class PackedSGD:
                 picked, rate = rate, torch.zeros_like(parameter.detach())
                 rate.view(-1)[slice(None) if positions is None else positions] = picked.view(-1)
             start = parameter.detach() if whole else entry.read(parameter.detach())
-            self._items.append((parameter, positions, frozen, decay, zeros_like(start), rate))
+            # Without momentum it is the gradient, and needs no memory of its own.
+            velocity = zeros_like(start) if momentum else None
+            self._items.append((parameter, positions, frozen, decay, velocity, rate))
 
     @no_grad()
     def step(self) -> None:
@@ -71,7 +73,7 @@ class PackedSGD:
             if parameter.grad is None:
                 continue
             if positions is None or frozen is not None:
-                velocity.mul_(self._momentum).add_(parameter.grad)
+                velocity = self._moved(velocity, parameter.grad)
                 if decay:
                     velocity.add_(parameter, alpha=decay)
                 if frozen is not None:
@@ -80,9 +82,13 @@ class PackedSGD:
             else:
                 values = parameter.view(-1)
                 current = values[positions]
-                velocity.mul_(self._momentum).add_(parameter.grad.reshape(-1)[positions])
+                velocity = self._moved(velocity, parameter.grad.reshape(-1)[positions])
                 if decay:
                     velocity.add_(current, alpha=decay)
                 way = velocity if rate is None else velocity * rate
                 values[positions] = current.sub_(way, alpha=self.lr)
             parameter.grad = None
+
+    def _moved(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
+        """Return the velocity after a gradient, which may be overwritten."""
+        return gradient if velocity is None else velocity.mul_(self._momentum).add_(gradient)

@@ -21,6 +21,7 @@ from server.plan import Plan, RunState, layout_of, statistics_features, statisti
 from server.plausible import check_class_sums, check_moments, check_report
 from server.wire import Reply, group_of
 
+_AT_ONCE = 2**15
 _LEAST_COMPARED = 3
 """With two answers nobody can say which of them is out of the way."""
 _REPORT_BYTES = 64 * 1024
@@ -160,9 +161,13 @@ class Admission:
             return Lengths(float(np.linalg.norm(values.astype(np.float64))) / report.images)
         if self.order.phase in ("weigh", "anchor"):  # of gradients, which may well differ by much
             return Lengths()
-        moved = values.astype(np.float64) - self._start
-        statistics = moved[self._statistics]
-        both = float(moved @ moved)
+        both = 0.0
+        for begin in range(0, len(values), _AT_ONCE):  # what fits into a processor's cache
+            piece = slice(begin, begin + _AT_ONCE)
+            moved = values[piece].astype(np.float64) - self._start[piece]
+            both += float(moved @ moved)
+        where = self._statistics
+        statistics = values[where].astype(np.float64) - self._start[where]
         apart = float(statistics @ statistics)
         return Lengths(math.sqrt(max(both - apart, 0.0)), math.sqrt(apart))
 

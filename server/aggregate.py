@@ -33,7 +33,8 @@ class MaskedMean:
             raise UpdateError(f"an update counts {images} images: at least 1 is needed")
         moments = values.astype(np.float64)
         moments[self._variances] += moments[self._means] ** 2
-        self._sum += images * moments
+        moments *= images
+        self._sum += moments
         self._weight += images
 
     def result(self) -> np.ndarray:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import numpy as np
 
 from common.store import disk_errors
 
-_IN_MEMORY = 64 * 2**20
+_IN_MEMORY = 256 * 2**20
 
 
 class Spool:
@@ -27,8 +27,9 @@ class Spool:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        where = None if folder is None else str(folder)
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=where)  # noqa: SIM115
+        self._held: dict[str, np.ndarray] = {}
+        self._room = _IN_MEMORY
+        self._file: IO[bytes] | None = None
         self._places: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
         self._end = 0
 
@@ -41,24 +42,35 @@ class Spool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Keep an array.
+        """Keep an array, which nobody may change from then on.
 
         Raises
         ------
         DiskError
             If the disk is full.
         """
+        self._held.pop(name, None)
+        if array.nbytes <= self._room:
+            self._room -= array.nbytes
+            self._held[name] = array
+            return
         with disk_errors(self._folder or Path(tempfile.gettempdir())):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
             self._file.seek(self._end)
-            self._file.write(np.ascontiguousarray(array).tobytes())
+            self._file.write(np.ascontiguousarray(array).data.cast("B"))
         self._places[name] = (self._end, array.dtype, array.shape)
         self._end += array.nbytes
 
     def get(self, name: str) -> np.ndarray:
         """Return the array called `name`."""
+        if name in self._held:
+            return self._held[name]
+        assert self._file is not None
         start, dtype, shape = self._places[name]
         self._file.seek(start)
         data = self._file.read(int(np.prod(shape)) * dtype.itemsize)
