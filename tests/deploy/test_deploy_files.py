@@ -57,6 +57,18 @@ def test_compose_reads_its_files(files: tuple[str, ...]) -> None:
     assert ("/srv/data/state" in kept) == secure
 
 
+def test_compose_has_a_device_with_images_of_its_own() -> None:
+    (service,) = compose_config(("device.yml",))["services"].values()
+    assert service["entrypoint"] == ["fallow-device"]
+    assert "--insecure" not in service["command"]
+    asked = [str(BIN / "fallow-device"), *service["command"], "--dry-run"]
+    assert "--superlink=fleet.example.org:8443" in asked
+    help_text = attempt([*asked[:2], "--help"], COLUMNS="200", NO_COLOR="1").stdout
+    named = [word.split("=")[0] for word in asked if word.startswith("--")]
+    assert [flag for flag in named if flag not in help_text] == []
+    assert {"/srv/keys", "/srv/photos"} <= set(mounts(service))
+
+
 def test_compose_commands_are_those_that_the_programs_know() -> None:
     flags: dict[tuple[str, ...], set[str]] = {}
     for files in (COMPOSE[:1], COMPOSE[:3]):
@@ -151,7 +163,15 @@ def compose_config(files: tuple[str, ...]) -> dict[str, Any]:
     if plugin is None or plugin.returncode:
         command = [tool("docker-compose", shutil.which("docker-compose"))]
     named = [f"--file={DEPLOY / 'compose' / name}" for name in files]
-    text = run([*command, *named, "config"], FALLOW_CERTS="/srv/certs", FALLOW_DATA="/srv/data")
+    given = {
+        "CERTS": "/srv/certs",
+        "DATA": "/srv/data",
+        "KEYS": "/srv/keys",
+        "PHOTOS": "/srv/photos",
+    }
+    given["SERVER"] = "fleet.example.org:8443"
+    environment = {f"FALLOW_{name}": value for name, value in given.items()}
+    text = run([*command, *named, "config"], **environment)
     config: dict[str, Any] = yaml.safe_load(text)
     return config
 
