@@ -64,8 +64,8 @@ def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: kinds[name] for name in state}
 
 
-_AXES = 8
-"""On which the gate looks at an image; with all that there are it is no surer, and larger."""
+_AXES = 4
+"""On which the gate looks at an image, for each world; with all there are it is no surer."""
 
 
 class ExpertNet(nn.Module):
@@ -119,7 +119,7 @@ class ExpertNet(nn.Module):
                 for net, is_told in zip(nets, told, strict=True)
             ]
         )
-        self.gate = Gate(worlds, _AXES)
+        self.gate = Gate(worlds, _AXES * len(worlds))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images ``[B, C, H, W]`` to log probabilities ``[B, classes]``."""

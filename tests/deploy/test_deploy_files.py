@@ -61,7 +61,7 @@ def test_compose_has_a_device_with_images_of_its_own() -> None:
     (service,) = compose_config(("device.yml",))["services"].values()
     assert service["entrypoint"] == ["fallow-device"]
     assert "--insecure" not in service["command"]
-    asked = [str(BIN / "fallow-device"), *service["command"], "--dry-run"]
+    asked = [str(BIN / "fallow-device"), *service["command"]]
     assert "--superlink=fleet.example.org:8443" in asked
     help_text = attempt([*asked[:2], "--help"], COLUMNS="200", NO_COLOR="1").stdout
     named = [word.split("=")[0] for word in asked if word.startswith("--")]
