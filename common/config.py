@@ -258,6 +258,11 @@ class Config(BaseModel):
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"
     )
+    expert_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
+        0.95,
+        description="how often it must be right for such images to get an expert; else they are "
+        "learnt by class statistics, if there are any of the prior",
+    )
     expert_share: Share = Field(
         0.05, description="most that a world's expert may change, of the kept parameters"
     )
@@ -501,6 +506,7 @@ NOT_THE_RESULT = {
 }
 
 LATER = (
+    "expert_gap",
     "validate_share",
     "free_from",
     "reserve",

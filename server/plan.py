@@ -854,16 +854,19 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
     new_classes = set(present) - set(memory.known)
     by_class = plan.config.shift == "statistics" or memory.closed or new_classes
+    by_statistics = replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
     if by_class and memory.classes is not None:
-        return replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
+        return by_statistics
     if memory.stand_in and memory.plain:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
-    world = _world(plan, memory, seen, state.step)
+    world, gap = _world(plan, memory, seen, state.step)
     if world == 0 and memory.plain:
         growing = _begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
         )
         return replace(growing, memory=memory, seen=seen)
+    if memory.plain and memory.classes is not None and gap < plan.config.expert_gap:
+        return by_statistics  # a gate would too often ask the wrong expert
     another = replace(state, seen=seen, way="expert", memory=memory, world=world)
     if memory.plain and memory.classes is not None and plan.config.opinion_weight:
         return replace(another, round=1)  # what class statistics alone would be worth
@@ -900,14 +903,18 @@ def _learn_classes(
     return _end_step(plan, learnt, state.prior, state.free, accuracy, None)
 
 
-def _world(plan: Plan, memory: Memory, seen: Moments, step: int) -> int:
-    """Return the world that images belong to; one more than there are if it is another one."""
+def _world(plan: Plan, memory: Memory, seen: Moments, step: int) -> tuple[int, float]:
+    """Return the world that images belong to, or one more than there are if it is another one.
+
+    And how often a gate between them and the nearest world would be right.
+    """
     rng = numpy_rng("separation", plan.config.seed, step)
     gaps = [separation(world, seen, rng) for world in memory.worlds]
     if memory.stand_in:
         gaps[0] = separation_by_channel(memory.worlds[0], seen)
     nearest = int(np.argmin(gaps))
-    return nearest if gaps[nearest] < plan.config.world_gap else len(memory.worlds)
+    gap = gaps[nearest]
+    return (nearest if gap < plan.config.world_gap else len(memory.worlds)), gap
 
 
 def _prior(outcome: Outcome) -> float:

@@ -135,6 +135,7 @@ _ALL = (
             **WHOLE,
             "shift": "auto",
             "expert_share": 1.0,
+            "expert_gap": 0.5,
             "expert_lr": 0.03,
             "opinion_weight": 0.0,
         },

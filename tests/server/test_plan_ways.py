@@ -175,6 +175,14 @@ def test_new_classes_are_learnt_by_statistics_and_end_the_step(plan: Plan) -> No
     assert isinstance(net, ClosedFormNet)
 
 
+def test_a_world_that_a_gate_would_confuse_is_learnt_by_statistics() -> None:
+    plan = make_plan(expert_gap=0.99)
+    assert looked(plan, begin(plan), shift=0.3).way == "classes"  # it would be right for 97 %
+    assert looked(plan, begin(plan), shift=2.0).way == "expert"
+    apart = make_plan(expert_gap=0.9)
+    assert looked(apart, begin(apart), shift=0.3).way == "expert"
+
+
 def test_statistics_can_be_asked_for_whatever_comes() -> None:
     plan = make_plan(shift="statistics", rounds=2)
     assert looked(plan, begin(plan), shift=2.0).way == "classes"
