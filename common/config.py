@@ -137,7 +137,10 @@ class Config(BaseModel):
     cap: Annotated[float, Field(gt=0, le=0.9)] = Field(
         0.5, description="most that a layer may lose"
     )
-    max_drop: Share = Field(0.005, description="accepted loss of held-out accuracy by freeing")
+    max_drop: Share = Field(
+        0.005,
+        description="accepted loss of held-out accuracy by freeing, up to a whole image",
+    )
     freeing_epochs: Count = Field(20, description="epochs of the first freeing, at the server")
     freeing_lr: Positive = Field(0.05, description="learning rate of the first freeing (cosine)")
     rotations: NotNegative = Field(

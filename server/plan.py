@@ -47,7 +47,7 @@ from common.peers import joined, joined_layout, peer
 from common.regrow import Diversity, regrow
 from common.schedule import Scope
 from common.seeds import digest_of, numpy_rng, seed_of
-from common.sparsify import Attempt, off_state, scale_factor, smaller
+from common.sparsify import Attempt, acceptable, off_state, scale_factor, smaller
 from common.state import State, read_state, state_digest, write_state
 from common.update import decode_scores, encode_scores
 from server.prior import make_net
@@ -724,7 +724,8 @@ def _after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     # Both accuracies come from the same devices and images, so that a change of devices
     # between rounds cannot pass for a loss.
     drop = (outcome.prior_right - outcome.right) / outcome.heldout
-    accepted = drop <= plan.config.max_drop
+    lost = outcome.prior_right - outcome.right
+    accepted = lost <= acceptable(plan.config.max_drop, outcome.heldout)
     tried = Attempt(state.next_free.share(plan.graph), drop, accepted)
     judged = replace(state, attempts=(*state.attempts, tried))
     if accepted:

@@ -19,6 +19,7 @@ from common.nets import build
 from common.sparsify import (
     Anneal,
     Freeing,
+    acceptable,
     free_filters,
     multi_step_objective,
     off_state,
@@ -331,5 +332,13 @@ def test_a_loss_of_exactly_what_is_accepted_is_accepted(right: int) -> None:
     assert result.before == right / 200
     assert result.after_cut == (right - 1) / 200
     assert result.attempts[0].accepted
-    refused, _ = planted(lambda _: FreeSet({"conv": (0,)}), heldout, max_drop=0.004, tries=1)
+    part, _ = planted(lambda _: FreeSet({"conv": (0,)}), heldout, max_drop=0.004, tries=1)
+    assert part.attempts[0].accepted  # 0.8 of an image is one
+    refused, _ = planted(lambda _: FreeSet({"conv": (0,)}), heldout, max_drop=0.0, tries=1)
     assert refused.free.empty
+
+
+def test_what_may_be_lost_is_rounded_up_to_whole_images() -> None:
+    assert [acceptable(0.005, n) for n in (0, 1, 200, 201, 796, 800)] == [0, 1, 1, 2, 4, 4]
+    assert acceptable(0.05, 60) == 3
+    assert acceptable(0.0, 10**6) == 0
