@@ -141,6 +141,10 @@ class Config(BaseModel):
         0.005,
         description="accepted loss of held-out accuracy by freeing, up to a whole image",
     )
+    drop_errors: NotNegative = Field(
+        1.0,
+        description="standard errors of its measurement on the devices that it may be above that",
+    )
     freeing_epochs: Count = Field(20, description="epochs of the first freeing, at the server")
     freeing_lr: Positive = Field(0.05, description="learning rate of the first freeing (cosine)")
     rotations: NotNegative = Field(
@@ -510,6 +514,7 @@ NOT_THE_RESULT = {
 
 LATER = (
     "expert_gap",
+    "drop_errors",
     "validate_share",
     "free_from",
     "reserve",

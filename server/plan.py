@@ -673,8 +673,8 @@ def _after_weigh(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     return _choose(plan, weighed)
 
 
-def _is_worse(outcome: Outcome, allowed: float) -> bool:
-    """Return whether the grown model is worse than the prior, beyond what chance explains.
+def _is_worse(outcome: Outcome, allowed: float, errors: float = 1.0) -> bool:
+    """Return whether the model is worse than the one before it, beyond what chance explains.
 
     Both are measured on the same images, so only those that one of them gets right count: their
     difference has a standard error of the root of their sum (McNemar, 1947). A difference within
@@ -683,7 +683,8 @@ def _is_worse(outcome: Outcome, allowed: float) -> bool:
     """
     lost = outcome.prior_right - outcome.both_right
     won = outcome.right - outcome.both_right
-    return lost - won > allowed * outcome.heldout + math.sqrt(lost + won)
+    accepted = acceptable(allowed, outcome.heldout) + errors * math.sqrt(lost + won)
+    return lost - won > accepted
 
 
 def _choose(plan: Plan, state: RunState) -> RunState:
@@ -724,8 +725,7 @@ def _after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     # Both accuracies come from the same devices and images, so that a change of devices
     # between rounds cannot pass for a loss.
     drop = (outcome.prior_right - outcome.right) / outcome.heldout
-    lost = outcome.prior_right - outcome.right
-    accepted = lost <= acceptable(plan.config.max_drop, outcome.heldout)
+    accepted = not _is_worse(outcome, plan.config.max_drop, plan.config.drop_errors)
     tried = Attempt(state.next_free.share(plan.graph), drop, accepted)
     judged = replace(state, attempts=(*state.attempts, tried))
     if accepted:

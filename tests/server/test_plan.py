@@ -340,7 +340,26 @@ def test_what_a_step_ends_with_computes_the_same_without_its_free_filters(plan: 
         assert torch.allclose(net(x), cut(net, plan.graph, state.free)(x), atol=1e-5)
 
 
-def test_a_freeing_that_costs_too_much_is_tried_again_with_a_smaller_share(plan: Plan) -> None:
+@pytest.mark.parametrize(("errors", "most"), [(0.0, 10), (1.0, 13), (2.0, 18)])
+def test_what_freeing_may_cost_is_known_to_some_standard_errors(errors: float, most: int) -> None:
+    # 13 lost and none won have a standard error of 3.6, 18 one of 4.2
+    plan = make_plan(
+        steps=1, rounds=1, consolidate_rounds=1, max_drop=0.01, drop_errors=errors, attempts=1
+    )
+    for lost in (most, most + 1):
+
+        def costly(plan: Plan, state: RunState, lost: int = lost) -> Outcome:
+            return outcome(plan, state, 700 - lost if state.phase == "judge" else 700)
+
+        (tried,) = walk(plan, begin(plan), costly)[-1].finished[0].attempts
+        assert tried.accepted == (lost == most)
+
+
+def test_a_freeing_that_costs_too_much_is_tried_again_with_a_smaller_share() -> None:
+    plan = make_plan(
+        steps=2, rounds=3, consolidate_rounds=2, attempts=3, max_drop=0.01, drop_errors=0.0
+    )
+
     def costly(plan: Plan, state: RunState) -> Outcome:
         lost = 11 if state.phase == "judge" and state.attempt == 0 else 10
         return outcome(plan, state, 700 - lost if state.phase == "judge" else 700, 700)
