@@ -265,7 +265,8 @@ def test_a_disk_that_is_full_in_the_middle_of_a_round_is_one_clear_error(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("server.spool.tempfile.SpooledTemporaryFile", Full)
+    monkeypatch.setattr("server.spool.tempfile.TemporaryFile", Full)
+    monkeypatch.setattr("server.spool._IN_MEMORY", 0)
     with pytest.raises(DiskError, match=r"no space left for .*--resume"):
         play(fleet_of(plan)[0], plan, state)
 
