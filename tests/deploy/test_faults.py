@@ -205,20 +205,6 @@ def test_a_line_that_goes_dead_without_closing(undisturbed: dict[str, str], tmp_
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("days_off", [1, -1])
-def test_a_device_whose_clock_is_a_day_off(
-    undisturbed: dict[str, str], tmp_path: Path, days_off: int
-) -> None:
-    """Without keys nothing depends on it; with keys see test_secure_fleet."""
-    with fleet(tmp_path) as it:
-        it.serve()
-        it.device(0)
-        it.device(1, days_off=days_off)
-        assert it.run(FAST).wait(LONG) == 0, it.told()
-        assert digests(it.out) == undisturbed
-
-
-@pytest.mark.chaos
 def test_a_device_that_hangs_and_goes_on(undisturbed: dict[str, str], tmp_path: Path) -> None:
     with fleet(tmp_path) as it:
         it.serve()

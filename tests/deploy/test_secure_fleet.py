@@ -7,18 +7,7 @@ from pathlib import Path
 
 import pytest
 from fleet import FAST, Fleet, fleet
-from processes import (
-    ROOT,
-    Process,
-    attempt,
-    clock_off_by,
-    digests,
-    free_port,
-    run,
-    simulate,
-    until,
-    wait_for,
-)
+from processes import ROOT, Process, attempt, digests, free_port, run, simulate, until, wait_for
 from proxy import ask, nginx_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -160,25 +149,6 @@ def test_unknown_and_duplicate_keys_are_refused(secure: Fleet, proxy: int, certs
     copied = attempt([CERTS, "register", str(certs), "copy", str(secure.state)])
     assert copied.returncode == 1
     assert "did not register 'copy'" in copied.stderr
-
-
-def test_a_clock_that_is_a_day_off_keeps_a_device_out_until_it_is_right(
-    secure: Fleet, proxy: int, certs: Path, devices: tuple[Process, Process]
-) -> None:
-    """A key signs the time."""
-    run([CERTS, "device", str(certs), "east"])
-    run([CERTS, "register", str(certs), "east", str(secure.state)])
-    command = _supernode(proxy, secure.device_flags("east"))
-    log = secure.folder / "superlink.log"
-    before = log.read_text().count("Activated node")
-    for days in (1, -1):
-        wrong = secure.start(f"east{days}", command, **clock_off_by(days))
-        wrong.wait(300)  # Flower ends it with code 0 or 1; systemd starts it again either way
-        assert log.read_text().count("Activated node") == before, wrong.said()
-    east = secure.start("east", _supernode(proxy, secure.device_flags("east")))
-    until(lambda: log.read_text().count("Activated node") > before, 300, east.said())
-    east.end()
-    assert [device.code() for device in devices] == [None, None]
 
 
 def test_a_revoked_device_is_out_at_once_and_stays_out(

@@ -17,11 +17,13 @@ import subprocess
 import sys
 import time
 import zlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import time_machine
 from fake_grid import DirectGrid, freed_prior, make_plan, reply_to
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from test_rounds import (  # noqa: F401 - fixtures
@@ -245,6 +247,24 @@ def test_a_device_whose_clock_is_off_by_a_day_is_used_as_any_other(
         assert a.base_digest == b.base_digest
         assert (a.values is None) == (b.values is None)
         assert a.values is None or a.values.tobytes() == b.values.tobytes()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("days", [-1, 0, 1, 2])
+def test_a_device_whose_clock_is_off_has_time_left_for_its_reply(
+    plan: Plan,  # noqa: F811
+    state: RunState,  # noqa: F811
+    days: int,
+) -> None:
+    """Flower takes what has passed by the device's own clock from the order's time to live."""
+    sent = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    with time_machine.travel(sent, tick=False):
+        order, _ = order_message(1, order_of(plan, state), {})
+    with time_machine.travel(sent + timedelta(days=days), tick=False):
+        reply = Message(RecordDict(), reply_to=order)
+    assert reply.metadata.ttl > 0
+    # and it dies when the order does, or a SuperLink would refuse it
+    ends = [m.metadata.created_at + m.metadata.ttl for m in (order, reply)]
+    assert ends[1] == pytest.approx(ends[0])
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_round_is_one_clear_error(

@@ -13,7 +13,6 @@ from processes import (
     TINY,
     Process,
     assignments,
-    clock_off_by,
     descendants,
     device_command,
     free_port,
@@ -71,13 +70,11 @@ class Fleet:
         address: str | None = None,
         flags: list[str] | None = None,
         of: int = 2,
-        days_off: float = 0,
     ) -> Process:
-        """Start device `number` of so many; its clock may be `days_off`."""
+        """Start device `number` of so many."""
         address = address or f"127.0.0.1:{self.port}"
         command = device_command(number, address, self.folder, flags or ["--insecure"], of)
-        environment = clock_off_by(days_off) if days_off else {}
-        return self.start(f"device-{number}", command, **environment)
+        return self.start(f"device-{number}", command)
 
     def secure_device(self, number: int, name: str, port: int) -> Process:
         """Start a device with the keys that deploy/certs made for `name`."""

@@ -42,12 +42,6 @@ ENVIRONMENT = {
 }
 
 
-def clock_off_by(days: float) -> dict[str, str]:
-    """Return the environment of a Python process whose clock is off; it still ticks evenly."""
-    folder = Path(__file__).parent / "wrong_clock"
-    return {"CLOCK_OFF_BY": str(days * 86400), "PYTHONPATH": str(folder)}
-
-
 def simulate(engine: str, out: Path, settings: dict[str, str] = TINY) -> Path:
     run(simulate_command(engine, out, settings))
     return out
