@@ -46,14 +46,13 @@ class Spool:
             self._file.close()
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Keep an array, which nobody may change from then on.
+        """Keep an array under a new name; nobody may change it from then on.
 
         Raises
         ------
         DiskError
             If the disk is full.
         """
-        self._held.pop(name, None)
         if array.nbytes <= self._room:
             self._room -= array.nbytes
             self._held[name] = array
