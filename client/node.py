@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
 import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +121,10 @@ def supernode_command(store: Path, connection: Connection) -> tuple[list[str], d
         command += ["--root-certificates", str(connection.root_certificates.resolve())]
     if connection.key is not None:
         command += ["--auth-supernode-private-key", str(connection.key.resolve())]
-    command += ["--port", str(connection.port or free_port())]
+    command += ["--host", "127.0.0.1", "--port", str(connection.port or free_port())]
     command += ["--node-config", f"store='{store.resolve()}'"]
+    if settings.limits.keep_warm:
+        command += ["--isolation", "process", "--superexec-auth-secret-file", str(_secret(store))]
     threads = str(settings.limits.threads)
     environment = {
         # the ClientApp's process is looked up by name
@@ -143,7 +147,25 @@ def become_supernode(store: Path, connection: Connection) -> None:
     work.mkdir(exist_ok=True)
     # The app's process imports from its working folder: one in which no other checkout lies.
     os.chdir(work)
-    os.execve(command[0], command, {**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    if "--superexec-auth-secret-file" in command:
+        _start_warm(command[command.index("--port") + 1], _secret(store), environment)
+    os.execve(command[0], command, environment)
+
+
+def _secret(store: Path) -> Path:
+    return store.resolve() / "flower" / "superexec-secret"
+
+
+def _start_warm(port: str, secret: Path, environment: dict[str, str]) -> None:
+    """Start what forks a process for each message (`client.warm`), as a child of the SuperNode."""
+    secret.unlink(missing_ok=True)
+    # Nobody else on the device may take the SuperNode's tasks.
+    with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(32))
+    command = [sys.executable, "-c", "from client.warm import main; main()"]
+    command += ["--runtime-api-address", f"127.0.0.1:{port}", "--secret-file", str(secret)]
+    subprocess.Popen(command, env=environment)
 
 
 def free_port() -> int:

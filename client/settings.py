@@ -61,6 +61,10 @@ class Limits(_Section):
     """What the device gives to training; beyond it declines a round."""
 
     threads: Count = Field(1, description="threads of training")
+    keep_warm: bool = Field(
+        True,
+        description="hold a process with torch loaded (280 MB), so that messages need not load it",
+    )
     memory_mib: Whole = Field(0, description="memory that must be free, in MiB; 0 = not asked")
     process_mib: Whole = Field(0, description="memory that training may take, in MiB; 0 = no limit")
     seconds: NotNegative = Field(0.0, description="longest round, in seconds; 0 = no limit")

@@ -1,8 +1,9 @@
 """How long a ClientApp's process takes to start, as a ratio to importing torch alone.
 
-Flower starts such a process for every message. Each round of the measurement runs every variant
-once, in turn, each in a fresh interpreter; what counts is the median of the CPU time (user and
-system), which another process on the same core does not change as it does the elapsed time.
+Flower starts such a process for every message: a fresh interpreter, or with `keep-warm` a fork of
+one that has loaded torch (`client/warm.py`). Each round of the measurement runs every variant
+once, in turn; what counts is the median of the CPU time (user and system), which another process
+on the same core does not change as it does the elapsed time.
 
     python tests/bench/startup.py --repeats 9
 """
@@ -18,7 +19,10 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from client.warm import fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "import torch"
@@ -28,6 +32,7 @@ VARIANTS = {
     "the app": "import client.app, client.own",
     "the app in Flower's process": f"{FLOWER}; import client.app, client.own",
 }
+WARM = "the app in a fork"
 
 
 def measured(statement: str) -> tuple[float, float]:
@@ -42,6 +47,28 @@ def measured(statement: str) -> tuple[float, float]:
     )
 
 
+def forked() -> tuple[float, float]:
+    """Return CPU and elapsed seconds of a fork that loads the app; making its parent is not in."""
+    context = fork_server()
+    context.Process(target=os.getpid).start()  # makes the server, where there is none
+    ours, theirs = context.Pipe(duplex=False)
+    began = time.perf_counter()
+    process = context.Process(target=report_loaded, args=(theirs,))
+    process.start()
+    cpu: float = ours.recv()
+    elapsed = time.perf_counter() - began
+    process.join()
+    return cpu, elapsed
+
+
+def report_loaded(to: Connection) -> None:
+    """Load the app, as a message's process does, and say what CPU time this process has had."""
+    import client.app
+    import client.own  # noqa: F401
+
+    to.send(time.process_time())
+
+
 def main() -> None:
     """Measure, print the ratios and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -50,10 +77,11 @@ def main() -> None:
     options = parser.parse_args()
     for statement in VARIANTS.values():  # compiled files and the disk's cache
         measured(statement)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in [*VARIANTS, WARM]}
     for _ in range(options.repeats):
         for name, statement in VARIANTS.items():
             seconds[name].append(measured(statement))
+        seconds[WARM].append(forked())
     base = statistics.median(cpu for cpu, _ in seconds["torch"])
     rows = {}
     for name, times in seconds.items():

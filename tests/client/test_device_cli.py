@@ -204,15 +204,17 @@ def test_train_starts_flowers_supernode_with_the_store(store: Path, key: Path) -
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert Path(environment["FLWR_HOME"]).is_relative_to(store)
-    (store / "device.toml").write_text("[limits]\nthreads = 3\n")
+    assert command[command.index("--isolation") + 1] == "process"
+    (store / "device.toml").write_text("[limits]\nthreads = 3\nkeep-warm = false\n")
     secure = connection(insecure=False, key=key, root_certificates=key, superlink="fleet.org:443")
     command, environment = supernode_command(store, secure)
     assert "--insecure" not in command
     assert command[command.index("--auth-supernode-private-key") + 1] == str(key)
     assert command[command.index("--root-certificates") + 1] == str(key)
     assert environment["OMP_NUM_THREADS"] == "3"
+    assert not {"--isolation", "--superexec-auth-secret-file"} & set(command)
     shown = device("train", "--superlink", "127.0.0.1:9092", "--insecure", "--dry-run")
-    assert "flower-supernode --superlink 127.0.0.1:9092 --insecure --port " in shown
+    assert "flower-supernode --superlink 127.0.0.1:9092 --insecure --host 127.0.0.1" in shown
 
 
 def test_train_refuses_what_is_not_safe(store: Path, key: Path) -> None:
