@@ -50,6 +50,9 @@ class Checkpoint:
         Lines of rounds.jsonl that belong to it.
     ledger : dict
         What else is remembered of the devices (see `server.ledger`).
+    last : str
+        The newest of those lines: it is put into the file after the checkpoint, so that no line
+        that is there is ever played again.
     """
 
     state: RunState
@@ -57,6 +60,7 @@ class Checkpoint:
     records: dict[str, Any] = field(default_factory=dict)
     rounds: int = 0
     ledger: dict[str, Any] = field(default_factory=dict)
+    last: str = ""
 
 
 class CheckpointFolder:
@@ -108,6 +112,7 @@ class CheckpointFolder:
             "records": checkpoint.records,
             "rounds": checkpoint.rounds,
             "ledger": checkpoint.ledger,
+            "last": checkpoint.last,
         }
         self._files.write(name, json_bytes(value))
         kept = [*known, name][-_KEEP:]
@@ -139,6 +144,7 @@ class CheckpointFolder:
                     value["records"],
                     value["rounds"],
                     value.get("ledger", {}),  # absent in a run that an earlier version began
+                    value.get("last", ""),
                 )
             except _ForeignError:
                 raise

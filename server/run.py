@@ -196,7 +196,7 @@ class _Conductor:
     def _play(self, checkpoint: Checkpoint) -> None:
         plan = self._world.plan
         state = checkpoint.state
-        self._trim_rounds(checkpoint.rounds)
+        self._match_rounds(checkpoint)
         self._progress.plan(checkpoint.rounds + rounds_left(plan, state), done=checkpoint.rounds)
         fleet = Fleet(self._grid, checkpoint.held, Ledger(checkpoint.ledger))
         quarantine = Quarantine(self._folder.quarantine, self._config.quarantine * 2**20)
@@ -207,18 +207,20 @@ class _Conductor:
             if distiller is not None:
                 self._results.distilled(before.step, distiller.seconds)
                 distiller.seconds = 0.0
-            self._append(record)
             self._progress.round_done(record)
             self._note_changes(before, after)
+            line = json.dumps(record)
             self._checkpoints.write(
                 Checkpoint(
                     after,
                     fleet.held,
                     self._results.records,
-                    self._lines,
+                    self._lines + 1,
                     fleet.ledger.as_json(),
+                    line,
                 )
             )
+            self._append(line)
             if (after.step, after.phase, after.attempt) != (
                 before.step,
                 before.phase,
@@ -282,16 +284,18 @@ class _Conductor:
         )
         self._results.published(step, state, published)
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, line: str) -> None:
         with disk_errors(self._folder.rounds), self._folder.rounds.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._lines += 1
 
-    def _trim_rounds(self, count: int) -> None:
-        """Drop rounds that no checkpoint knows of: they are played again."""
-        lines = self._read_lines()[:count]
+    def _match_rounds(self, checkpoint: Checkpoint) -> None:
+        """Have the lines of the rounds that the checkpoint knows: others are played again."""
+        lines = self._read_lines()[: checkpoint.rounds]
+        if checkpoint.last:  # in the file it may be torn, or not yet there
+            lines[checkpoint.rounds - 1 :] = [checkpoint.last]
         write_bytes(self._folder.rounds, "".join(line + "\n" for line in lines).encode())
         self._lines = len(lines)
 

@@ -321,6 +321,28 @@ def test_devices_that_keep_their_models_are_sent_no_more_after_a_resume(
         assert mine["bytes_down"] == other["bytes_down"]
 
 
+def test_a_line_of_a_round_is_never_played_again(
+    tmp_path: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a checkpoint and its line, or in the middle of the line."""
+    out, cache, real = tmp_path / "out", tmp_path / "cache", server.run._Conductor._append
+    for half in (False, True):
+
+        def cut(conductor: Any, line: str, half: bool = half) -> None:
+            if half:
+                with (out / "rounds.jsonl").open("a") as file:
+                    file.write(line[:20])
+            raise Cut
+
+        monkeypatch.setattr(server.run._Conductor, "_append", cut)
+        with pytest.raises(Cut):
+            play(quick(), out, resume=half, cache=cache)
+    monkeypatch.setattr(server.run._Conductor, "_append", real)
+    summary = play(quick(), out, resume=True, cache=cache)
+    assert summary["status"] == "complete"
+    assert [r["phase"] for r in lines(out)] == STEP
+
+
 def test_a_disk_that_fills_up_anywhere_loses_nothing(
     plain: Path, tmp_path: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
