@@ -93,7 +93,11 @@ class ExpertNet(nn.Module):
         experts begin as the trunk, so that the features keep their meaning.
     weight : float
         Of its scores beside the net's own logits.
+    closed : bool
+        Whether world 0 answers by the discriminant alone: it has learnt more than its net.
     """
+
+    absent: torch.Tensor | None
 
     def __init__(
         self,
@@ -105,29 +109,36 @@ class ExpertNet(nn.Module):
         told: Sequence[bool],
         discriminant: Discriminant | None,
         weight: float,
+        *,
+        closed: bool = False,
     ) -> None:
         super().__init__()
         first = copy.deepcopy(trunk).eval()
         nets = [first, *(_expert(first, expert) for expert in experts)]
         self.stem = stem_conv(first, stem)
         scores = None if discriminant is None else Scores(discriminant.impartial(), weight)
-        self.nets = nn.ModuleList(
-            [
-                ClosedFormNet(_without_bn(net), head, scores, beside=True)
-                if scores is not None and is_told
-                else _without_bn(net)
-                for net, is_told in zip(nets, told, strict=True)
-            ]
-        )
+        alone = closed and discriminant is not None
+        self.nets = nn.ModuleList()
+        for number, (net, is_told) in enumerate(zip(nets, told, strict=True)):
+            plain = _without_bn(net)
+            if scores is None or not is_told:
+                self.nets.append(plain)
+            else:
+                beside = number > 0 or not alone
+                self.nets.append(ClosedFormNet(plain, head, scores, beside=beside))
+        absent = discriminant.absent() if alone and discriminant is not None else None
+        self.register_buffer("absent", absent)
         self.gate = Gate(worlds, _AXES * len(worlds))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images ``[B, C, H, W]`` to log probabilities ``[B, classes]``."""
         posterior = self.gate(look(self.stem(x)))
-        heard = [
-            F.log_softmax(net(x), 1) + posterior[:, number : number + 1]
-            for number, net in enumerate(self.nets)
-        ]
+        heard = []
+        for number, net in enumerate(self.nets):
+            scores = net(x)
+            if number == 0 and self.absent is not None:
+                scores = scores + self.absent
+            heard.append(F.log_softmax(scores, 1) + posterior[:, number : number + 1])
         return torch.logsumexp(torch.stack(heard), 0)
 
 

@@ -245,6 +245,10 @@ class Discriminant:
         bias = np.where(self.there, self.bias - self.bias[self.there].mean(), 0.0)
         return Discriminant(self.chosen, self.centre, weight, bias, self.there)
 
+    def absent(self) -> torch.Tensor:
+        """Return what makes scores of absent classes hopeless, float32 [C]."""
+        return torch.from_numpy(np.where(self.there, 0.0, _NEVER)).float()
+
     def pack(self) -> np.ndarray:
         """Return what travels of a classifier of all features: centre, weights, biases, float32."""
         parts = [self.centre, self.weight.ravel(), self.bias]

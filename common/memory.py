@@ -41,7 +41,7 @@ class Memory:
     classes : ClassSums or None
         Of the trunk's features; None once the trunk was trained further, or if nobody had them.
     closed : bool
-        Whether the classifier is made of `classes`.
+        Whether world 0's classifier is made of `classes` alone.
     head : {"lda", "ridge", "ncm"}
         Which classifier they make.
     layers : {"all", "last"}
@@ -162,7 +162,7 @@ def assembled(
     if memory is None or memory.plain:
         return trunk
     sums = memory.classes
-    if memory.closed:
+    if memory.closed and not memory.experts:
         assert sums is not None
         scores = Scores(sums.discriminant(memory.head))
         return ClosedFormNet(trunk, graph.head, scores, memory.layers)
@@ -178,4 +178,5 @@ def assembled(
         [one is not None for one in by_world],
         None if pooled is None else pooled.discriminant(memory.head, memory.most),
         memory.weight,
+        closed=memory.closed,
     )

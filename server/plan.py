@@ -854,20 +854,24 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         return _learn_classes(plan, state, memory, sums, outcome.class_counts, math.nan)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
     new_classes = set(present) - set(memory.known)
-    by_class = plan.config.shift == "statistics" or memory.closed or new_classes
+    alone = plan.config.shift == "statistics" or (memory.closed and not memory.experts)
     by_statistics = replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
-    if by_class and memory.classes is not None:
+    if (alone or new_classes) and memory.classes is not None:
         return by_statistics
     if memory.stand_in and memory.plain:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
-    world, gap = _world(plan, memory, seen, state.step)
+    nearest, gap = _nearest(plan, memory, seen, state.step)
+    world = nearest if gap < plan.config.world_gap else len(memory.worlds)
     if world == 0 and memory.plain:
         growing = _begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
         )
         return replace(growing, memory=memory, seen=seen)
-    if memory.plain and memory.classes is not None and gap < plan.config.expert_gap:
-        return by_statistics  # a gate would too often ask the wrong expert
+    # A gate would too often ask the wrong expert. Beside experts, world 0 answers by class
+    # statistics from then on, which takes the opinion's.
+    told = memory.plain or (nearest == 0 and plan.config.opinion_weight > 0)
+    if told and memory.classes is not None and gap < plan.config.expert_gap:
+        return by_statistics
     another = replace(state, seen=seen, way="expert", memory=memory, world=world)
     if memory.plain and memory.classes is not None and plan.config.opinion_weight:
         return replace(another, round=1)  # what class statistics alone would be worth
@@ -899,23 +903,21 @@ def _learn_classes(
     """End a step with a classifier made of class statistics."""
     present = {c for c, count in enumerate(class_counts) if count}
     known = tuple(sorted({*memory.known, *present}))
-    memory = replace(memory, classes=sums, closed=True, known=known, rival=None)
+    assert state.seen is not None
+    worlds = (memory.worlds[0] + state.seen, *memory.worlds[1:])
+    memory = replace(memory, classes=sums, closed=True, known=known, rival=None, worlds=worlds)
     learnt = replace(state, memory=memory, way="classes", heldout_grown=accuracy)
     return _end_step(plan, learnt, state.prior, state.free, accuracy, None)
 
 
-def _world(plan: Plan, memory: Memory, seen: Moments, step: int) -> tuple[int, float]:
-    """Return the world that images belong to, or one more than there are if it is another one.
-
-    And how often a gate between them and the nearest world would be right.
-    """
+def _nearest(plan: Plan, memory: Memory, seen: Moments, step: int) -> tuple[int, float]:
+    """Return the world that images are most like, and how often a gate between would be right."""
     rng = numpy_rng("separation", plan.config.seed, step)
     gaps = [separation(world, seen, rng) for world in memory.worlds]
     if memory.stand_in:
         gaps[0] = separation_by_channel(memory.worlds[0], seen)
     nearest = int(np.argmin(gaps))
-    gap = gaps[nearest]
-    return (nearest if gap < plan.config.world_gap else len(memory.worlds)), gap
+    return nearest, gaps[nearest]
 
 
 def _prior(outcome: Outcome) -> float:

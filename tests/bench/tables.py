@@ -25,10 +25,11 @@ README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 BASELINES = (
     "prior,fedavg,fedprox,fedlwf,fedewc,fedntd,generative,shrink-perturb,fedavg-slim,"
-    "ncm,ridge,lda,lda-deep"
+    "fedavg-freed,ncm,ridge,lda,lda-deep"
 )
 ABLATIONS = (
-    "random-mask,no-gate,no-reinit,no-distillation,no-calibration,no-consolidation,rows,group,all"
+    "random-mask,no-rotations,no-gate,no-reinit,no-distillation,no-calibration,no-consolidation,"
+    "rows,group,all"
 )
 
 
@@ -71,6 +72,12 @@ STREAMS = {
         "fedavg,fedavg-int8,fallow",
         ("--budget=bytes",),
     ),
+    "instance-2-compute": Table(
+        "**The same at equal device time**: as many rounds as the time of fallow's devices allows",
+        *("cifar", "instance", 2),
+        "fedavg,fallow",
+        ("--budget=compute",),
+    ),
     "instance-5": Table(
         "**Four steps in a row** (CIFAR-10, 2,500 new images each)",
         *("cifar", "instance", 5),
@@ -80,7 +87,7 @@ STREAMS = {
     "domain-2": Table(
         "**Another world** (CIFAR-10, the new images dark, blurred and noisy)",
         *("cifar", "domain", 2),
-        f"{BASELINES},{ABLATIONS},two-models,statistics,no-statistics,no-rotations,fallow,joint",
+        f"{BASELINES},{ABLATIONS},two-models,statistics,no-statistics,fallow,joint",
     ),
     "class-2": Table(
         "**New classes** (CIFAR-10, five classes and then five others, told apart among all ten)",

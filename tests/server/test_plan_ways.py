@@ -270,6 +270,73 @@ def test_a_world_that_comes_again_gets_its_expert_trained_on(plan: Plan) -> None
     assert memory_of(more).worlds[1].count == 2 * memory_of(done).worlds[1].count
 
 
+def by_statistics(plan: Plan, state: RunState, shift: float, classes: int = CLASSES) -> RunState:
+    again = looked(plan, state, shift, classes)
+    assert (again.way, again.round) == ("classes", 1)
+    return advance(plan, again, told(some_sums(plan, again), classes))
+
+
+def test_beside_experts_a_world_like_the_oldest_joins_its_statistics() -> None:
+    plan = make_plan(steps=4, rounds=2, expert_gap=0.99)
+    done = tallied(plan, grown(plan, begin(plan), 2.0))
+    joined = by_statistics(plan, done, 0.3)
+    before, memory = memory_of(done), memory_of(joined)
+    assert (memory.closed, len(memory.experts), len(memory.worlds)) == (True, 1, 2)
+    assert memory.worlds[0].count == before.worlds[0].count + 120
+    assert memory.classes is not None
+    assert before.classes is not None
+    assert memory.classes.counts.sum() == before.classes.counts.sum() + 90
+    net = assembled(plan.net, plan.graph, joined.prior, joined.free, memory)
+    assert isinstance(net, ExpertNet)
+    oldest, expert = net.nets
+    assert isinstance(oldest, ClosedFormNet)
+    assert isinstance(expert, ClosedFormNet)
+    assert (oldest.beside, expert.beside) == (False, True)
+    # and later worlds still go where they belong
+    assert (looked(plan, joined, 2.0).way, looked(plan, joined, 2.0).world) == ("expert", 1)
+    assert looked(plan, joined, 0.3).way == "classes"
+    assert (looked(plan, joined, 6.0).way, looked(plan, joined, 6.0).world) == ("expert", 2)
+
+
+def test_beside_experts_without_an_opinion_a_world_like_the_oldest_gets_its_own() -> None:
+    plan = make_plan(steps=3, rounds=2, expert_gap=0.99, opinion_weight=0.0)
+    done = grown(plan, begin(plan), 2.0)
+    state = looked(plan, done, 0.3)
+    assert (state.way, state.world) == ("expert", 2)
+
+
+def test_new_classes_beside_experts_leave_the_experts(plan: Plan) -> None:
+    plan = make_plan(steps=3, rounds=2)
+    done = tallied(plan, grown(plan, begin(plan), 2.0))
+    done = replace(done, memory=replace(memory_of(done), known=(0, 1)))
+    learnt = by_statistics(plan, done, 0.0, classes=3)
+    memory = memory_of(learnt)
+    assert (memory.closed, len(memory.experts), memory.known) == (True, 1, (0, 1, 2))
+
+
+def test_a_class_that_nobody_has_shown_is_never_the_answer(plan: Plan) -> None:
+    plan = make_plan(steps=3, rounds=2, expert_gap=0.99)
+    memory = memory_of(by_statistics(plan, tallied(plan, grown(plan, begin(plan), 2.0)), 0.3))
+    assert memory.classes is not None
+    last = CLASSES - 1
+
+    def without_last(sums: ClassSums) -> ClassSums:
+        return ClassSums(
+            np.where(np.arange(CLASSES) == last, 0.0, sums.counts), sums.sums, sums.second
+        )
+
+    told_of = replace(
+        memory,
+        classes=without_last(memory.classes),
+        beside=tuple(one and without_last(one) for one in memory.beside),
+    )
+    first = begin(plan)
+    net = assembled(plan.net, plan.graph, first.prior, first.free, told_of).eval()
+    assert isinstance(net, ExpertNet)
+    answers = net.nets[0](x_of(images(seed=5))) + net.absent
+    assert last not in answers.argmax(1)
+
+
 def test_an_expert_that_is_worse_is_refused_and_nothing_is_remembered(plan: Plan) -> None:
     first = begin(plan)
     done = tallied(plan, grown(plan, first, 2.0), right=41)
