@@ -174,7 +174,7 @@ def carry_out(
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
     elif order.phase == "tally":
-        update = _class_sums(order, student, graph, own, accelerator)
+        update = _class_sums(order, _slim(order, student, graph), graph, own, accelerator)
     elif order.phase == "weigh":
         update = _scores(student, graph, own, order.batch)
         update = update if order.codec_up == "fp32" else encode_scores(update)
@@ -182,7 +182,7 @@ def carry_out(
         rng = torch_rng("anchor", order.run, order.step, data.device)
         update = importances(student, graph, own, order.importance, rng)
         update = update if order.codec_up == "fp32" else encode_scores(update)
-    elif order.phase != "judge":
+    elif order.phase not in ("judge", "advise"):
         loss = _train(
             order,
             student,
@@ -280,7 +280,7 @@ def _layout_and_base(
     """Return what the phase's values are, and those of the base."""
     if order.scope == "expert":
         layout = expert_layout(template, graph.head, order.expert_share)
-    elif order.phase in ("look", "grow", "weigh", "anchor"):
+    elif order.phase not in ("consolidate", "judge"):
         one = base if order.peers == 1 else peer(base, 0)
         layout = scope_layout(order.scope, graph, order.free_set(), one)
         if order.spare:
@@ -452,7 +452,7 @@ def _seen(
 ) -> np.ndarray:
     """Return packed statistics of the device's images."""
     if order.by_class:
-        return _class_sums(order, cut(net, graph, order.free_set()), graph, data, accelerator)
+        return _class_sums(order, _slim(order, net, graph), graph, data, accelerator)
     stem = copy.deepcopy(stem_conv(net))  # the net is used again
     weight = np.frombuffer(base64.b64decode(order.stem), "<f4").copy()
     if not weight.size or weight.size % stem.weight[0].numel():
@@ -462,11 +462,19 @@ def _seen(
 
 
 def _rival(order: Order, trunk: nn.Module, graph: FilterGraph, packed: np.ndarray) -> nn.Module:
-    """Return a copy of the trunk with a classifier of its features in place of its own."""
-    copied = copy.deepcopy(trunk).cpu()
+    """Return a copy of the trunk with a classifier of its features, alone or beside its own."""
+    copied = _slim(order, copy.deepcopy(trunk).cpu(), graph)
     size = feature_size(copied, graph.head, order.net.input_shape, order.layers)
-    scores = Scores(Discriminant.unpack(packed, order.net.classes, size))
-    return ClosedFormNet(copied, graph.head, scores, order.layers).eval()
+    classifier = Discriminant.unpack(packed, order.net.classes, size)
+    if not order.opinion:
+        return ClosedFormNet(copied, graph.head, Scores(classifier), order.layers).eval()
+    scores = Scores(classifier.impartial(), order.opinion)
+    return ClosedFormNet(copied, graph.head, scores, order.layers, beside=True).eval()
+
+
+def _slim(order: Order, net: nn.Module, graph: FilterGraph) -> nn.Module:
+    """Return the part of `net` without its free filters; an expert's net has none."""
+    return net if order.scope == "expert" else cut(net, graph, order.free_set())
 
 
 def _class_sums(

@@ -22,6 +22,8 @@ from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments
 from common.state import State, write_state
 
+OPINION_LAYERS: Layers = "deviations"
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:
@@ -54,7 +56,11 @@ class Memory:
         Of such statistics beside a net's own classifier.
     rival : ClassSums or None
         `classes` with those of the step's images, while the step grows an expert: a classifier
-        made of them is what the expert is held against.
+        made of them is what the expert is held against. Or what is to be the `opinion`, while the
+        devices measure it.
+    opinion : ClassSums or None
+        Of the newest images, as the whole net sees them that was trained on them (deviations and
+        the classifier's input): a second opinion beside its own classifier.
     stand_in : bool
         Whether world 0 is guessed from batch normalisations, for want of the prior's data.
     """
@@ -72,11 +78,17 @@ class Memory:
     beside: tuple[ClassSums | None, ...] = ()
     weight: float = 0.0
     rival: ClassSums | None = None
+    opinion: ClassSums | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether the model is one net with its own classifier."""
+        """Whether the model is one net that was trained to what it answers."""
         return not (self.closed or self.experts)
+
+    @property
+    def opinion_weight(self) -> float:
+        """Weight of `opinion`: it has seen the newest images alone, which were trained on, too."""
+        return self.weight / 2
 
     def as_state(self) -> State:
         """Return all of it as tensors (floats in float64)."""
@@ -94,7 +106,7 @@ class Memory:
             state |= {f"world.{number}.{name}": tensor for name, tensor in parts.items()}
         for number, expert in enumerate(self.experts):
             state |= {f"expert.{number}.{name}": tensor for name, tensor in expert.items()}
-        kinds = {"classes": self.classes, "rival": self.rival}
+        kinds = {"classes": self.classes, "rival": self.rival, "opinion": self.opinion}
         kinds |= {f"beside.{number}": sums for number, sums in enumerate(self.beside)}
         for kind, sums in kinds.items():
             if sums is not None:
@@ -127,6 +139,7 @@ class Memory:
             beside=tuple(sums(f"beside.{number}") for number in range(experts)),
             weight=float(state["weight"][0]),
             rival=sums("rival"),
+            opinion=sums("opinion"),
         )
 
 
@@ -159,8 +172,10 @@ def assembled(
 ) -> nn.Module:
     """Return the whole model for inference: trunk, and what memory adds to it."""
     trunk = trunk_of(net, graph, state, free)
-    if memory is None or memory.plain:
+    if memory is None:
         return trunk
+    if memory.plain:
+        return _advised(trunk, graph.head, memory)
     sums = memory.classes
     if memory.closed and not memory.experts:
         assert sums is not None
@@ -169,7 +184,7 @@ def assembled(
     by_world = (sums if memory.weight else None, *memory.beside)
     known = [one for one in by_world if one is not None]
     pooled = functools.reduce(ClassSums.__add__, known) if known else None
-    return ExpertNet(
+    mixed = ExpertNet(
         trunk,
         memory.experts,
         memory.worlds,
@@ -180,3 +195,15 @@ def assembled(
         memory.weight,
         closed=memory.closed,
     )
+    if sums is None:
+        mixed.nets[0] = _advised(mixed.nets[0], graph.head, memory)
+    return mixed
+
+
+def _advised(net: nn.Module, head: str, memory: Memory) -> nn.Module:
+    """Return `net` with the opinion beside its own classifier, if there is one."""
+    if memory.opinion is None:
+        return net
+    discriminant = memory.opinion.discriminant(memory.head, memory.most).impartial()
+    scores = Scores(discriminant, memory.opinion_weight)
+    return ClosedFormNet(net, head, scores, OPINION_LAYERS, beside=True)

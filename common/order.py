@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from common.codec import Codec
 from common.distill import Distillation
 from common.errors import UpdateError
+from common.features import Layers
 from common.filters import FreeSet
 from common.regrow import Diversity
 
@@ -20,7 +21,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = dict[str, list[Annotated[int, Field(ge=0)]]]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Phase = Literal["look", "weigh", "grow", "tally", "consolidate", "judge", "anchor"]
+Phase = Literal["look", "weigh", "grow", "tally", "advise", "consolidate", "judge", "anchor"]
 
 
 class _Frozen(BaseModel):
@@ -137,6 +138,9 @@ class Order(_Frozen):
         of synthetic images to learn from beside the device's own (`common.replay`).
     rival : str or None
         tally: digest of a classifier of the trunk's features, to be measured beside the expert.
+        advise: the same of the model's, to be measured together with it.
+    opinion : float
+        advise: weight of its scores beside the model's own logits.
     anchor_weight, replay_weight : float
         Of the two.
     spare : dict
@@ -183,7 +187,7 @@ class Order(_Frozen):
     expert_share: float = Field(ge=0, le=1)
     stem: str
     by_class: bool
-    layers: Literal["all", "last"]
+    layers: Layers
     codec_up: Codec
     codec_down: Codec
     moved: Digest | None
@@ -191,6 +195,7 @@ class Order(_Frozen):
     feedback: Digest | None
     anchor: Digest | None = None
     rival: str | None = None
+    opinion: float = Field(0.0, ge=0)
     anchor_weight: float = Field(0.0, ge=0)
     importance: Literal["fisher", "mas"] = "fisher"
     replay: Digest | None = None

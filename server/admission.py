@@ -67,7 +67,7 @@ class Admission:
     def most_bytes(self) -> int:
         """Size above which an answer cannot be right."""
         phase, coded = self.order.phase, self.order.codec_up != "fp32"
-        if phase in ("look", "tally", "anchor", "judge"):
+        if phase in ("look", "tally", "advise", "anchor", "judge"):
             raw = 4 * self._sums
         elif phase == "weigh":
             raw = 4 * self._scored
@@ -96,7 +96,7 @@ class Admission:
         jump = self._ledger.jump(device, report.step, report.images, report.heldout)
         if jump is not None:
             raise UpdateError(jump)
-        if self.order.phase == "judge":
+        if self.order.phase in ("judge", "advise"):
             if reply.update is not None:
                 raise UpdateError("an update in the reply to an order that asked for none")
             return Lengths()

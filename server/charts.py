@@ -153,7 +153,8 @@ def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
     """
     keys: list[tuple[int, str, int]] = []
     for record in rounds:
-        ends = record["phase"] == "anchor" and keys  # it follows whichever phase ends the step
+        # they follow whichever phase ends the step
+        ends = record["phase"] in ("tally", "advise", "anchor") and keys
         keys.append(keys[-1] if ends else _segment_of(record))
     start = 0
     for key, group in groupby(zip(keys, rounds, strict=True), key=lambda pair: pair[0]):
@@ -163,7 +164,7 @@ def _segments(rounds: list[dict[str, Any]]) -> Iterator[Segment]:
 
 
 def _segment_of(record: dict[str, Any]) -> tuple[int, str, int]:
-    belongs = {"look": "grow", "weigh": "grow", "tally": "grow", "judge": "consolidate"}
+    belongs = {"look": "grow", "weigh": "grow", "judge": "consolidate"}
     phase = belongs.get(record["phase"], record["phase"])
     return record["step"], phase, record["attempt"]
 

@@ -6,8 +6,9 @@ then ``tally``, class statistics of what it sees, for a second opinion beside it
 unless a classifier made of class statistics alone is then measured to be better.
 Where nothing has shifted, the step goes ``grow`` (AOD) -> ``weigh`` (is the grown model better,
 which filters matter) -> ``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost accepted),
-back to ``consolidate`` with a smaller share where it is not, and on to the next step. Step 0
-exists only for a prior whose filters nobody has freed yet; it has no ``grow``.
+back to ``consolidate`` with a smaller share where it is not. Class statistics of the new model
+then make a second opinion beside its classifier (``tally``), unless that is worse (``advise``).
+Step 0 exists only for a prior whose filters nobody has freed yet; it has no ``grow``.
 
 No function here does I/O or draws a random number, so a checkpoint is the state.
 """
@@ -28,9 +29,9 @@ from torch import nn
 from common.anchor import without
 from common.config import Config
 from common.experts import changed_by, expert_layout
-from common.features import ClassSums, feature_size
+from common.features import ClassSums, Layers, feature_size
 from common.features import packed_size as sums_size
-from common.filters import FilterGraph, FreeSet, common_part, cut, portion, union
+from common.filters import FilterGraph, FreeSet, common_part, cut, parameter_count, portion, union
 from common.gate import Moments, likened, separation, separation_by_channel
 from common.gate import packed_size as moments_size
 from common.importance import bn_scale, choose, combine_ranks, random_scores
@@ -41,7 +42,7 @@ from common.layout import (
     scope_layout,
     without_scales,
 )
-from common.memory import Memory, trunk_of
+from common.memory import OPINION_LAYERS, Memory, trunk_of
 from common.order import NetSpec, Order, Phase, Regrown, Teaching, as_channels
 from common.peers import joined, joined_layout, peer
 from common.regrow import Diversity, regrow
@@ -153,6 +154,8 @@ class RunState:
         Nets that `base` and `values` hold (see `common.peers`); one, but for growing.
     best : int
         Which of the step's peers became the model.
+    pending : StepOutcome or None
+        What the step came to, while a second opinion for its model is gathered and measured.
     """
 
     step: int
@@ -186,6 +189,7 @@ class RunState:
     synthetic: np.ndarray | None = None
     peers: int = 1
     best: int = 0
+    pending: StepOutcome | None = None
 
     @property
     def off(self) -> FreeSet:
@@ -205,8 +209,13 @@ class RunState:
         Each with its digest; they hold it for as long as it stays the same.
         """
         rival = None
-        if self.phase == "tally" and self.memory is not None and self.memory.rival is not None:
-            rival = self.memory.rival.discriminant(self.memory.head).pack()
+        if self.memory is not None and self.memory.rival is not None:
+            memory, sums = self.memory, self.memory.rival
+            if self.phase == "tally":
+                rival = sums.discriminant(memory.head).pack(sums.sums.shape[1])
+            if self.phase == "advise":
+                chosen = sums.discriminant(memory.head, memory.most)
+                rival = chosen.pack(sums.sums.shape[1])
         found = {"anchor": self.carried.anchor, "replay": self.synthetic, "rival": rival}
         return {
             name: (state_digest({name: torch.from_numpy(array)}), array)
@@ -363,7 +372,7 @@ def layout_of(plan: Plan, state: RunState) -> Layout:
     """Return the layout of the packed values in the present phase."""
     if state.way == "expert" and state.phase in ("grow", "tally"):
         return _expert_layout(plan, state.off)
-    if state.phase in ("look", "grow", "weigh", "anchor"):
+    if state.phase not in ("consolidate", "judge"):
         layout = scope_layout(_packed_scope(plan, state), plan.graph, _named(state), state.prior)
         if not state.carried.spare.empty:
             layout = without_scales(layout, plan.graph, state.carried.spare)
@@ -373,7 +382,7 @@ def layout_of(plan: Plan, state: RunState) -> Layout:
 
 def _named(state: RunState) -> FreeSet:
     """Return the filters that an order names: those to be left out, or to be trained."""
-    without = state.phase == "look" or state.way == "expert"
+    without = state.phase in ("look", "tally", "advise") or state.way == "expert"
     return state.off if without else state.free
 
 
@@ -477,7 +486,7 @@ def order_of(plan: Plan, state: RunState) -> Order:
         expert_share=config.expert_share if expert else 0.0,
         stem=_stem_text(state.memory) if looking and state.memory is not None else "",
         by_class=looking and state.round > 0,
-        layers=config.statistics_features,
+        layers=_layers(plan, state),
         codec_up=codec_up,
         codec_down=codec_down,
         moved=None if state.shared is None else state.shared.moved.digest,
@@ -497,6 +506,8 @@ def _extras(config: Config, state: RunState) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "rival" in state.extras:
         fields |= {"rival": state.extras["rival"][0]}
+    if state.phase == "advise" and state.memory is not None:
+        fields |= {"opinion": state.memory.opinion_weight}
     if state.way != "whole":
         return fields
     if state.phase == "grow" and "anchor" in state.extras:
@@ -529,6 +540,7 @@ def advance(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         "look": _after_look,
         "grow": _after_grow,
         "tally": _after_tally,
+        "advise": _after_advise,
         "weigh": _after_weigh,
         "consolidate": _after_consolidate,
         "judge": _after_judge,
@@ -763,7 +775,41 @@ def _end_step(
         lambdas=state.lambdas,
         way=state.way,
     )
-    finished = (*state.finished, outcome)
+    gathering = replace(
+        state,
+        phase="tally",
+        attempt=0,
+        round=0,
+        prior=model,
+        base=model,
+        free=free,
+        next_free=FreeSet({}),
+        values=None,
+        shared=None,
+        tail=None,
+        source=None,
+        pending=outcome,
+    )
+    if _opinionated(plan, state) and statistics_size(plan, gathering) <= parameter_count(plan.net):
+        return gathering
+    return _close_step(plan, state, model, free, outcome)
+
+
+def _opinionated(plan: Plan, state: RunState) -> bool:
+    """Return whether a step that trains the whole net may end with a second opinion for it.
+
+    Not where little is to travel: its statistics are several times a round of scope `rows`, and of
+    a net with many channels they are more than the net itself.
+    """
+    wanted = plan.config.opinion_weight > 0 and "rows" not in plan.config.scopes
+    return wanted and state.step > 0 and state.memory is not None and state.way == "whole"
+
+
+def _close_step(
+    plan: Plan, state: RunState, model: State, free: FreeSet, outcome: StepOutcome
+) -> RunState:
+    """Return the begin of the next step, or the end."""
+    refusal, finished = outcome.refusal, (*state.finished, outcome)
     memory = _after_training(state, refused=refusal is not None)
     seen = {c for c, count in enumerate(state.class_counts) if count and refusal is None}
     carried = replace(state.carried, known=tuple(sorted({*state.carried.known, *seen})))
@@ -778,6 +824,7 @@ def _end_step(
             values=None,
             finished=finished,
             done=True,
+            pending=None,
             stopped=stopped,
             memory=memory,
             carried=carried,
@@ -928,6 +975,8 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     assert outcome.sums is not None
     classes = plan.spec.classes
     sums = ClassSums.unpack(outcome.sums, classes, _feature_size(plan, state))
+    if state.pending is not None:
+        return _with_rival(state, state.pending, sums)
     memory, rival = state.memory, None if state.memory is None else state.memory.rival
     if memory is not None and rival is not None:
         if outcome.rival_right > outcome.right:
@@ -936,6 +985,24 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
             return _learn_classes(plan, tried, memory, rival, outcome.class_counts, accuracy)
         state = replace(state, memory=replace(memory, rival=None))
     return _after_expert(plan, state, outcome, sums)
+
+
+def _with_rival(state: RunState, pending: StepOutcome, sums: ClassSums) -> RunState:
+    """Have an opinion measured: of the step's images, and earlier ones if the model is theirs."""
+    assert state.memory is not None
+    before = state.memory.opinion if pending.refusal is not None else None
+    rival = sums if before is None else before + sums
+    return replace(state, phase="advise", memory=replace(state.memory, rival=rival))
+
+
+def _after_advise(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
+    """End a step; its model gets the opinion, unless that makes it worse."""
+    assert state.memory is not None
+    assert state.pending is not None
+    before = state.memory.opinion if state.pending.refusal is not None else None
+    opinion = state.memory.rival if outcome.rival_right >= outcome.right else before
+    advised = replace(state, memory=replace(state.memory, rival=None, opinion=opinion))
+    return _close_step(plan, advised, state.prior, state.free, state.pending)
 
 
 def _after_expert(
@@ -1016,7 +1083,11 @@ def statistics_features(plan: Plan, state: RunState) -> int:
 
 def _feature_size(plan: Plan, state: RunState) -> int:
     trunk, shape = _trunk(plan, state), plan.spec.input_shape
-    return feature_size(trunk, plan.graph.head, shape, plan.config.statistics_features)
+    return feature_size(trunk, plan.graph.head, shape, _layers(plan, state))
+
+
+def _layers(plan: Plan, state: RunState) -> Layers:
+    return plan.config.statistics_features if state.pending is None else OPINION_LAYERS
 
 
 def rounds_left(plan: Plan, state: RunState) -> int:
@@ -1034,15 +1105,11 @@ def rounds_left(plan: Plan, state: RunState) -> int:
         growing = 1 if state.phase == "tally" else growing + (config.opinion_weight > 0)
         growing += state.phase == "look"
         return growing + (config.steps - state.step) * (looks + config.rounds)
-    of_step = {
-        "look": looks,
-        "grow": config.rounds,
-        "weigh": 1,
-        "consolidate": config.consolidate_rounds,
-        "judge": 1,
-    }
-    if config.freeing in ("prior", "never") and state.step > 0:
-        of_step = {"look": looks, "grow": config.rounds}
+    of_step = {"look": looks, "grow": config.rounds}
+    if config.freeing not in ("prior", "never") or state.step == 0:
+        of_step |= {"weigh": 1, "consolidate": config.consolidate_rounds, "judge": 1}
+    if _opinionated(plan, state):
+        of_step |= {"tally": 1, "advise": 1}
     if config.ewc_weight:
         of_step["anchor"] = 1
     phases = list(of_step)

@@ -410,7 +410,7 @@ class _Table:
             return replace(outcome, sums=np.asarray(sum(shares), np.float64)), math.nan
         if state.phase == "weigh":
             return replace(outcome, scores=_scores(plan, taken)), math.nan
-        if state.phase == "judge":
+        if state.phase in ("judge", "advise"):
             return replace(outcome, values=state.values), math.nan
         layout = layout_of(plan, state)
         values = self._mean(state, taken)

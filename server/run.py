@@ -264,7 +264,8 @@ class _Conductor:
             grown = current_model(self._world.plan, before)
             self._results.grown(before.step, grown)
         if len(after.finished) > len(before.finished):
-            if before.phase in ("grow", "look", "tally"):  # nothing is freed after the step
+            freed = before.way == "whole" and self._config.freeing in ("always", "steps")
+            if before.phase in ("grow", "look", "tally", "advise") and not freed:
                 self._results.grown(before.step, after.prior, after.off, after.memory)
             outcome = after.finished[-1]
             for text in self._results.verdicts(outcome):

@@ -67,7 +67,7 @@ class Exam:
             What is added to the model.
         """
         digest = state_digest(model)
-        if memory is not None and not memory.plain:
+        if memory is not None and not (memory.plain and memory.opinion is None):
             digest += state_digest(memory.as_state())
         if digest not in self._known:
             self._known[digest] = self._mark(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from common.filters import FreeSet
 from common.order import (
     NetSpec,
     Order,
+    Phase,
     Report,
     as_channels,
     as_free_set,
@@ -94,6 +95,7 @@ LATER: dict[str, Any] = {
     "importance": "mas",
     "replay": OTHER,
     "rival": DIGEST,
+    "opinion": 0.5,
     "replay_weight": 0.5,
     "spare": {"conv1": [1]},
     "full_rate": "group",
@@ -304,7 +306,7 @@ def test_what_is_no_order_at_all_is_refused_in_one_short_line(text: str) -> None
 
 
 def test_every_phase_and_scope_can_be_ordered() -> None:
-    for phase in ("look", "weigh", "grow", "tally", "consolidate", "judge", "anchor"):
+    for phase in get_args(Phase):
         assert read_order(changed("phase", phase)).phase == phase
     for scope in ("rows", "group", "all", "expert"):
         assert read_order(changed("scope", scope)).scope == scope

@@ -365,9 +365,100 @@ def test_training_the_whole_net_outdates_class_statistics_and_widens_the_world(
     layout = layout_of(plan, state)
     values = layout.pack(state.base)
     done = advance(plan, state, Outcome(values, HELDOUT, 60, 50, 40, class_counts=counts(CLASSES)))
+    done = advised(plan, done)
     memory = memory_of(done)
     assert memory.classes is None
     assert memory.worlds[0].count == memory_of(first).worlds[0].count + 120
+
+
+def advised(plan: Plan, state: RunState, rival_right: int = 61) -> RunState:
+    """The end of a step that trained the whole net: an opinion is gathered and measured."""
+    gathered = order_of(plan, state)
+    assert (state.phase, gathered.layers, gathered.lr) == ("tally", "deviations", 0)
+    state = advance(plan, state, told(some_sums(plan, state)))
+    order = order_of(plan, state)
+    digest, packed = state.extras["rival"]
+    assert (order.phase, order.rival, order.opinion) == ("advise", digest, 0.5)
+    assert Discriminant.unpack(packed, CLASSES, memory_of(state).rival.sums.shape[1])  # type: ignore[union-attr]
+    outcome = Outcome(None, HELDOUT, 60, 50, 40, rival_right=rival_right)
+    return advance(plan, state, replace(outcome, class_counts=counts(CLASSES)))
+
+
+def through(plan: Plan, state: RunState, right: int = 60) -> RunState:
+    """Play a step that trains the whole net and frees nothing, until its opinion is asked for."""
+    values = layout_of(plan, state).pack(state.base)
+    outcome = Outcome(values, HELDOUT, right, 50, 40, class_counts=counts(CLASSES))
+    return advance(plan, state, outcome)
+
+
+@pytest.mark.parametrize(("rival_right", "kept"), [(60, True), (59, False)])
+def test_the_whole_net_gets_an_opinion_unless_that_is_worse(rival_right: int, kept: bool) -> None:
+    plan = make_plan(steps=2, rounds=1, freeing="never", scope="all")
+    done = advised(plan, through(plan, looked(plan, begin(plan))), rival_right)
+    memory = memory_of(done)
+    assert (done.step, done.phase, done.pending, memory.rival) == (2, "look", None, None)
+    assert (memory.opinion is not None) == kept
+    net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
+    assert isinstance(net, ClosedFormNet) == kept
+    if not isinstance(net, ClosedFormNet):
+        return
+    assert net.beside
+    trunk = trunk_of(plan.net, plan.graph, done.prior, done.off)
+    features, logits = net.features(x_of(images(seed=5)))
+    assert torch.allclose(net(x_of(images(seed=5))), logits + net.scores(features))
+    assert torch.allclose(logits, trunk.eval()(x_of(images(seed=5))))
+
+
+def test_an_opinion_stays_with_the_oldest_world_beside_experts() -> None:
+    plan = make_plan(steps=3, rounds=1, freeing="never", scope="all")
+    done = advised(plan, through(plan, looked(plan, begin(plan))))
+    done = tallied(plan, grown(plan, done, 3.0))
+    memory = memory_of(done)
+    assert (len(memory.experts), memory.classes, memory.opinion is None) == (1, None, False)
+    net = assembled(plan.net, plan.graph, done.prior, done.free, memory)
+    assert isinstance(net, ExpertNet)
+    assert isinstance(net.nets[0], ClosedFormNet)
+    assert net.nets[0].features.net is not net.nets[1]
+    assert net(x_of(images(seed=5))).shape == (120, CLASSES)
+
+
+def test_a_refused_step_adds_to_the_opinion_of_the_model_that_stands() -> None:
+    plan = make_plan(steps=3, rounds=1, freeing="steps", scope="group")
+    state = begin(plan)
+    for step in (1, 2):
+        state = through(plan, looked(plan, state))
+        refused = Outcome(None, HELDOUT, 10, 50, 10, class_counts=counts(CLASSES))
+        scores = tuple(
+            {layer.name: np.ones(layer.width) for layer in plan.graph.layers} for _ in "12"
+        )
+        state = advance(plan, state, replace(refused, scores=scores))
+        assert state.pending is not None
+        assert state.pending.refusal is not None
+        state = advised(plan, state)
+        opinion = memory_of(state).opinion
+        assert opinion is not None
+        assert opinion.counts.sum() == 90 * step
+
+
+def test_no_opinion_is_asked_for_where_none_is_wanted() -> None:
+    plan = make_plan(steps=2, rounds=1, freeing="never", scope="all", opinion_weight=0.0)
+    done = through(plan, looked(plan, begin(plan)))
+    assert (done.step, done.phase, memory_of(done).opinion) == (2, "look", None)
+
+
+def test_no_opinion_is_asked_for_where_little_is_to_travel() -> None:
+    plan = make_plan(steps=2, rounds=1, freeing="prior", scope="rows")
+    done = through(plan, looked(plan, begin(plan)))
+    assert (done.step, done.phase) == (2, "look")
+
+
+def test_no_opinion_is_asked_for_that_has_more_values_than_the_net(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.plan.parameter_count", lambda net: 10)
+    plan = make_plan(steps=2, rounds=1, freeing="never", scope="all")
+    done = through(plan, looked(plan, begin(plan)))
+    assert (done.step, done.phase) == (2, "look")
 
 
 def test_a_brought_priors_world_is_guessed_and_said(plan: Plan) -> None:

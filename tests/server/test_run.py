@@ -23,7 +23,7 @@ from common.config import Config
 from common.data import split_holdout
 from common.errors import ConfigError, DataError, DiskError, RoundError, StoreError
 from common.filters import FreeSet, cut, is_off, parameter_count
-from common.memory import Memory
+from common.memory import Memory, assembled
 from common.nets import build
 from common.scenario import Scenario
 from common.state import State, state_digest, write_state
@@ -53,7 +53,8 @@ QUICK: dict[str, Any] = {
     "max-drop": 1.0,
     "accept-drop": 1.0,
 }
-STEP = ["look", "grow", "grow", "weigh", "consolidate", "consolidate", "judge"]
+FREEING = ["weigh", "consolidate", "consolidate", "judge"]
+STEP = ["look", "grow", "grow", *FREEING, "tally", "advise"]
 
 
 def quick(**settings: Any) -> Config:
@@ -203,7 +204,10 @@ def test_the_models_are_what_the_summary_says(plain: Path) -> None:
     assert step["model_digest"] == digests[1]
     assert step["freed_share"] == free.share(graph)
     assert step["params_full"] == parameter_count(net)
-    assert step["params_slim"] == parameter_count(cut(net, graph, free)) < step["params_full"]
+    memory = Memory.from_state(read_state_file(folder / "memory.safetensors"))
+    slim = assembled(net, graph, state, free, memory)
+    assert step["params_slim"] == parameter_count(slim)
+    assert parameter_count(cut(net, graph, free)) < step["params_full"]
     metadata = onnx.load(plain / "models" / "step-1" / "model.onnx").metadata_props
     told = {entry.key: entry.value for entry in metadata}
     assert (told["step"], told["digest"], told["parent"]) == ("1", digests[1], digests[0])
@@ -501,7 +505,14 @@ def test_a_grown_model_that_is_worse_is_refused_and_the_prior_published_again(
             told.append(text)
 
     config = quick(
-        prior_epochs=12, max_drop=1.0, accept_drop=0.0, lr=3.0, scope="all", kd_weight=0, rounds=1
+        prior_epochs=12,
+        max_drop=1.0,
+        accept_drop=0.0,
+        lr=3.0,
+        scope="all",
+        kd_weight=0,
+        rounds=1,
+        opinion_weight=0.0,
     )
     summary = play(config, tmp_path / "out", progress=Listening())
     (step,) = summary["steps"]
@@ -526,7 +537,7 @@ def test_a_brought_model_is_freed_on_the_devices_first(
     summary = play(config, tmp_path / "out")
     assert summary["prior"]["source"] == "brought"
     assert summary["prior"]["freed_share"] > 0.2
-    assert [r["phase"] for r in lines(tmp_path / "out")] == [*STEP[3:], *STEP]
+    assert [r["phase"] for r in lines(tmp_path / "out")] == [*FREEING, *STEP]
     assert {r["step"] for r in lines(tmp_path / "out")[:4]} == {0}
     assert summary["prior"]["attempts"][0]["accepted"]
     assert (tmp_path / "out" / "models" / "step-0" / "model.safetensors").exists()
@@ -588,6 +599,8 @@ def test_progress_is_told_everything_in_order(tmp_path: Path, no_export: None) -
         (1, 1, "weigh", 1),
         (1, 1, "consolidate", 2),
         (1, 1, "judge", 1),
+        (1, 1, "tally", 1),
+        (1, 1, "advise", 1),
     ]
     assert next(t for t in told if t[0] == "plan")[1] == len(STEP)
     assert sum(t[0] == "round_done" for t in told) == len(STEP)

@@ -107,7 +107,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_two_stores_carry_a_step_from_look_to_judge(run: Run) -> None:
     rounds = [json.loads(line) for line in (run.out / "rounds.jsonl").read_text().splitlines()]
     phases = [line["phase"] for line in rounds]
-    assert phases == ["look", "grow", "grow", "weigh", "consolidate", "judge"]
+    whole = ["look", "grow", "grow", "weigh", "consolidate", "judge", "tally", "advise"]
+    assert phases == whole
     assert all(line["devices_used"] == 2 and not line["declined"] for line in rounds)
     assert (run.out / "models" / "step-1" / "model.onnx").is_file()
     for store in run.stores:
