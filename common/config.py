@@ -256,11 +256,12 @@ class Config(BaseModel):
     opinion_features: int = Field(
         650,
         ge=0,
-        description="most features in what they say beside the classifiers of experts; 0: all",
+        description="most features in what they say beside a net's own classifier; 0: all",
     )
     opinion_weight: NotNegative = Field(
         1.0,
-        description="weight of class statistics beside those classifiers; 0: not gathered",
+        description="weight of class statistics beside an expert's classifier, half of it beside "
+        "the whole net's; 0: not gathered",
     )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"

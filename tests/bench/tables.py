@@ -64,7 +64,7 @@ STREAMS = {
     "instance-2": Table(
         "**Same classes, same world** (CIFAR-10, a prior of 5,000 images and 5,000 new ones)",
         *("cifar", "instance", 2),
-        f"{BASELINES},{ABLATIONS},fallow,joint,central",
+        f"{BASELINES},{ABLATIONS},statistics,no-statistics,fallow,joint,central",
     ),
     "instance-2-bytes": Table(
         "**The same at equal bytes**: as many rounds as what fallow sends allows",

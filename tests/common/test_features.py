@@ -154,6 +154,22 @@ def test_features_are_looks_at_every_layer_and_the_classifiers_input() -> None:
     assert features.shape[1] == 2 * channels + last.shape[1]
     stem = F.relu(net.get_submodule("bn1")(net.get_submodule("conv1")(x)))
     torch.testing.assert_close(features[:, :8], stem.mean((2, 3)))
+    few, _ = FeatureNet(small_net(), "fc", "deviations")(x)
+    assert (
+        few.shape[1]
+        == channels + last.shape[1]
+        == feature_size(small_net(), "fc", (3, 12, 12), "deviations")
+    )
+    torch.testing.assert_close(few[:, :8], features[:, 8:16])
+    torch.testing.assert_close(few[:, -last.shape[1] :], last)
+
+
+def test_a_classifier_of_some_features_travels_as_one_of_all() -> None:
+    features, labels = blobs(900, size=6)
+    few = ClassSums.of(features, labels, CLASSES).discriminant("lda", 4)
+    assert len(few.chosen) == 4
+    back = Discriminant.unpack(few.pack(6), CLASSES, 6)
+    torch.testing.assert_close(scores(back, features), scores(few, features), rtol=1e-4, atol=1e-4)
 
 
 def test_scale_and_shift_are_a_batch_normalisation_in_inference() -> None:
