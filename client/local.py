@@ -170,7 +170,11 @@ def carry_out(
     update, loss, rival_right = None, 0.0, 0
     if extras.rival is not None:
         rival = _rival(order, teacher, graph, extras.rival).to(accelerator.device)
-        rival_right = int(_right(rival, held, accelerator).sum())
+        with_rival = _right(rival, held, accelerator)
+        if order.phase == "advise":  # the model with its opinion, beside the model without
+            right = with_rival
+        else:
+            rival_right = int(with_rival.sum())
     if order.phase == "look":
         update = _seen(order, student, graph, own, accelerator)
     elif order.phase == "tally":

@@ -138,7 +138,7 @@ class Order(_Frozen):
         of synthetic images to learn from beside the device's own (`common.replay`).
     rival : str or None
         tally: digest of a classifier of the trunk's features, to be measured beside the expert.
-        advise: the same of the model's, to be measured together with it.
+        advise: the same of the model's, with which the model is measured beside itself.
     opinion : float
         advise: weight of its scores beside the model's own logits.
     anchor_weight, replay_weight : float

@@ -996,11 +996,12 @@ def _with_rival(state: RunState, pending: StepOutcome, sums: ClassSums) -> RunSt
 
 
 def _after_advise(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
-    """End a step; its model gets the opinion, unless that makes it worse."""
+    """End a step; its model gets the opinion, unless that makes it worse (see `_is_worse`)."""
     assert state.memory is not None
     assert state.pending is not None
     before = state.memory.opinion if state.pending.refusal is not None else None
-    opinion = state.memory.rival if outcome.rival_right >= outcome.right else before
+    worse = _is_worse(outcome, plan.config.accept_drop)
+    opinion = before if worse else state.memory.rival
     advised = replace(state, memory=replace(state.memory, rival=None, opinion=opinion))
     return _close_step(plan, advised, state.prior, state.free, state.pending)
 

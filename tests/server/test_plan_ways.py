@@ -371,7 +371,7 @@ def test_training_the_whole_net_outdates_class_statistics_and_widens_the_world(
     assert memory.worlds[0].count == memory_of(first).worlds[0].count + 120
 
 
-def advised(plan: Plan, state: RunState, rival_right: int = 61) -> RunState:
+def advised(plan: Plan, state: RunState, right: int = 61) -> RunState:
     """The end of a step that trained the whole net: an opinion is gathered and measured."""
     gathered = order_of(plan, state)
     assert (state.phase, gathered.layers, gathered.lr) == ("tally", "deviations", 0)
@@ -380,8 +380,7 @@ def advised(plan: Plan, state: RunState, rival_right: int = 61) -> RunState:
     digest, packed = state.extras["rival"]
     assert (order.phase, order.rival, order.opinion) == ("advise", digest, 0.5)
     assert Discriminant.unpack(packed, CLASSES, memory_of(state).rival.sums.shape[1])  # type: ignore[union-attr]
-    outcome = Outcome(None, HELDOUT, 60, 50, 40, rival_right=rival_right)
-    return advance(plan, state, replace(outcome, class_counts=counts(CLASSES)))
+    return advance(plan, state, Outcome(None, HELDOUT, right, 60, 50, class_counts=counts(CLASSES)))
 
 
 def through(plan: Plan, state: RunState, right: int = 60) -> RunState:
@@ -391,10 +390,11 @@ def through(plan: Plan, state: RunState, right: int = 60) -> RunState:
     return advance(plan, state, outcome)
 
 
-@pytest.mark.parametrize(("rival_right", "kept"), [(60, True), (59, False)])
-def test_the_whole_net_gets_an_opinion_unless_that_is_worse(rival_right: int, kept: bool) -> None:
+@pytest.mark.parametrize(("right", "kept"), [(57, True), (54, False)])
+def test_the_whole_net_gets_an_opinion_unless_that_is_worse(right: int, kept: bool) -> None:
+    """Of 60 images that the model gets right and 57, 10 and 7 differ: 4.1 is the standard error."""
     plan = make_plan(steps=2, rounds=1, freeing="never", scope="all")
-    done = advised(plan, through(plan, looked(plan, begin(plan))), rival_right)
+    done = advised(plan, through(plan, looked(plan, begin(plan))), right)
     memory = memory_of(done)
     assert (done.step, done.phase, done.pending, memory.rival) == (2, "look", None, None)
     assert (memory.opinion is not None) == kept
