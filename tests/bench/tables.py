@@ -89,6 +89,12 @@ STREAMS = {
         *("cifar", "domain", 2),
         f"{BASELINES},{ABLATIONS},two-models,statistics,no-statistics,fallow,joint",
     ),
+    "domain-5": Table(
+        "**Four other worlds, one after the other** (CIFAR-10, 5,000 images each: dark, inverted, "
+        "turned, turned and inverted)",
+        *("cifar", "domain", 5),
+        f"{BASELINES},no-gate,statistics,fallow,joint",
+    ),
     "class-2": Table(
         "**New classes** (CIFAR-10, five classes and then five others, told apart among all ten)",
         *("cifar", "class", 2),

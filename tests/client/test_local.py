@@ -18,6 +18,7 @@ from client.local import Arrays, carry_out, net_and_graph
 from common.accelerator import CPU
 from common.data import ImageSet, Normalisation, open_source, split_holdout
 from common.errors import UpdateError
+from common.features import ClosedFormNet, Scores, class_sums
 from common.filters import FilterGraph, FreeSet, cut, freed_index
 from common.importance import bn_scale, choose, sensitivity, taylor
 from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
@@ -476,6 +477,37 @@ def test_judging_measures_the_model_with_its_filters_off(
     kept = bases.get(state_digest(model))
     assert kept is not None
     assert state_digest(kept) == state_digest(model)
+
+
+def test_an_opinion_is_gathered_of_the_slim_model_and_measured_beside_it(
+    world: World, do: Do, images: ImageSet
+) -> None:
+    model = state_digest(world.prior)
+    of_model = {"base": model, "regrown": None, "free": as_channels(world.free)}
+    gather = {**of_model, "layers": "deviations", "layout": None}
+    asked = world.order("tally").model_copy(update=gather)
+    report, sums = do(asked)
+    net, graph = net_and_graph(SPEC)
+    write_state(net, world.prior)
+    slim = cut(net.eval(), graph, world.free)
+    own, held = split_holdout(images, asked.heldout)
+    data = Labelled.of(own, Normalisation(SPEC.mean, SPEC.std))
+    expected = class_sums(slim, graph.head, data.x, data.y, 10, layers="deviations")
+    np.testing.assert_allclose(sums, expected.pack(), rtol=1e-4, atol=1e-4)
+
+    classifier = expected.discriminant("lda", 20)
+    size = expected.sums.shape[1]
+    packed_classifier = classifier.pack(size)
+    digest = state_digest({"rival": torch.from_numpy(packed_classifier)})
+    measured = world.order("advise").model_copy(update={**gather, "rival": digest, "opinion": 0.5})
+    report, update = do(measured, Arrays(rival=packed_classifier))
+    assert update is None
+    x = Labelled.of(held, Normalisation(SPEC.mean, SPEC.std))
+    scores = Scores(classifier.impartial(), 0.5)
+    both = ClosedFormNet(slim, graph.head, scores, "deviations", beside=True).eval()
+    assert report.prior_right == int((predict(slim, x.x).argmax(1) == x.y).sum())
+    assert report.right == int((predict(both, x.x).argmax(1) == x.y).sum()) > report.prior_right
+    assert report.rival_right == 0
 
 
 def test_only_what_is_to_be_kept_is_kept(world: World, do: Do, bases: Bases) -> None:
