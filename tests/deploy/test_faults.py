@@ -43,16 +43,19 @@ def undisturbed(paced: tuple[dict[str, str], float]) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_whatever_is_killed_once_changes_no_byte(
-    undisturbed: dict[str, str], tmp_path: Path
-) -> None:
-    """The short form: ServerApp, SuperLink and a device are killed in turn in one run."""
+def test_whatever_is_killed_once_changes_no_byte(tmp_path: Path) -> None:
+    """The short form: ServerApp, SuperLink and a device are killed in turn in one run.
+
+    It has rounds enough that a slow machine is not through before the last kill.
+    """
+    settings = {**FAST, "rounds": "3", "consolidate-rounds": "3"}
+    undisturbed = digests(simulate("inline", tmp_path / "undisturbed", settings))
     with fleet(tmp_path) as it:
         superlink = it.serve()
         devices = [it.device(0), it.device(1)]
-        run = it.run(FAST)
+        run = it.run(settings)
         it.wait_for_round(1, run)
-        second = attempt(it.run_command(FAST))
+        second = attempt(it.run_command(settings))
         assert second.returncode == 1, "a second run worked in the same folder"
         assert run.code() is None
 
@@ -60,7 +63,7 @@ def test_whatever_is_killed_once_changes_no_byte(
         assert run.wait(LONG) == 1
         assert "goes on with it" in run.said()
         acknowledged = lines(it.out)
-        run = it.run(FAST)
+        run = it.run(settings)
         it.wait_for_round(len(acknowledged) + 1, run)
         assert lines(it.out)[: len(acknowledged)] == acknowledged
 
@@ -68,7 +71,7 @@ def test_whatever_is_killed_once_changes_no_byte(
         assert run.wait(LONG) == 1
         acknowledged = lines(it.out)
         it.serve()
-        run = it.run(FAST)
+        run = it.run(settings)
         it.wait_for_work(devices[1])
         cut_power(devices[1])
         it.device(1)
