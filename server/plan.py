@@ -775,6 +775,9 @@ def _end_step(
         lambdas=state.lambdas,
         way=state.way,
     )
+    if state.way == "whole" and refusal is None and state.memory is not None:
+        # it was of another model
+        state = replace(state, memory=replace(state.memory, opinion=None))
     gathering = replace(
         state,
         phase="tally",
@@ -976,7 +979,7 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     classes = plan.spec.classes
     sums = ClassSums.unpack(outcome.sums, classes, _feature_size(plan, state))
     if state.pending is not None:
-        return _with_rival(state, state.pending, sums)
+        return _with_rival(state, sums)
     memory, rival = state.memory, None if state.memory is None else state.memory.rival
     if memory is not None and rival is not None:
         if outcome.rival_right > outcome.right:
@@ -987,10 +990,10 @@ def _after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     return _after_expert(plan, state, outcome, sums)
 
 
-def _with_rival(state: RunState, pending: StepOutcome, sums: ClassSums) -> RunState:
+def _with_rival(state: RunState, sums: ClassSums) -> RunState:
     """Have an opinion measured: of the step's images, and earlier ones if the model is theirs."""
     assert state.memory is not None
-    before = state.memory.opinion if pending.refusal is not None else None
+    before = state.memory.opinion
     rival = sums if before is None else before + sums
     return replace(state, phase="advise", memory=replace(state.memory, rival=rival))
 
@@ -999,9 +1002,8 @@ def _after_advise(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     """End a step; its model gets the opinion, unless that makes it worse (see `_is_worse`)."""
     assert state.memory is not None
     assert state.pending is not None
-    before = state.memory.opinion if state.pending.refusal is not None else None
     worse = _is_worse(outcome, plan.config.accept_drop)
-    opinion = before if worse else state.memory.rival
+    opinion = state.memory.opinion if worse else state.memory.rival
     advised = replace(state, memory=replace(state.memory, rival=None, opinion=opinion))
     return _close_step(plan, advised, state.prior, state.free, state.pending)
 
