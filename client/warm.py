@@ -9,10 +9,8 @@ brought, as a fresh process would. What a message leaves behind in memory still 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import signal
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,6 +18,8 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
 from flwr.supernode.runtime.run_clientapp import run_clientapp
+
+from common.forks import fork_server
 
 # Libraries alone. A package of ours would stand before the one that a run brings.
 PRELOADED = [
@@ -32,21 +32,12 @@ PRELOADED = [
 ]
 
 
-def fork_server() -> ForkServerContext:
-    """Return a context whose processes are forks of one that has imported `PRELOADED`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
-
-
 class WarmExecutor(SubprocessExecutor):
     """Starts a ClientApp's process by forking the prepared one, which is made anew if killed."""
 
     def __init__(self) -> None:
-        self._context = fork_server()
+        self._context = fork_server(PRELOADED)
         self._running: list[BaseProcess] = []
-        # The first process makes the server, and the server imports: before the first message.
-        self._start(self._context.Process(target=os.getpid))
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start the process of a task."""

@@ -1,15 +1,14 @@
 """Where worker processes come from: one process that has imported what a device needs.
 
 It is started first, and imports while the server does; every worker is a fork of it, so that
-torch is imported once and its memory shared. It runs no thread and no training, so that a fork
-of it is sound, which one of the server's process would not be.
+torch is imported once and its memory shared. A fork of the server's own process would not be sound.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+
+from common.forks import fork_server
 
 _NEEDED = ["client.app", "common.tracing", "server.cli"]
 """The last is what a worker finds as its main module when `fallow` is called."""
@@ -17,7 +16,4 @@ _NEEDED = ["client.app", "common.tracing", "server.cli"]
 
 def prepare() -> ForkServerContext:
     """Start that process, if it does not run yet, and return the context that forks it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_NEEDED)
-    forkserver.ensure_running()
-    return context
+    return fork_server(_NEEDED)

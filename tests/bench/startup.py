@@ -22,7 +22,8 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from client.warm import fork_server
+from client.warm import PRELOADED
+from common.forks import fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "import torch"
@@ -49,8 +50,8 @@ def measured(statement: str) -> tuple[float, float]:
 
 def forked() -> tuple[float, float]:
     """Return CPU and elapsed seconds of a fork that loads the app; making its parent is not in."""
-    context = fork_server()
-    context.Process(target=os.getpid).start()  # makes the server, where there is none
+    context = fork_server(PRELOADED)
+    context.Process(target=os.getpid).start()  # waits until it has imported
     ours, theirs = context.Pipe(duplex=False)
     began = time.perf_counter()
     process = context.Process(target=report_loaded, args=(theirs,))

@@ -83,7 +83,7 @@ def test_a_message_is_worked_on_in_a_fork(
         asked.append({"target": target, **kwargs})
         return context.Process(target=os.getpid)
 
-    context = warm.fork_server()
+    context = warm.fork_server(warm.PRELOADED)
     monkeypatch.setattr(executor, "_context", type("", (), {"Process": staticmethod(forked)}))
     authority = tmp_path / "ca.crt"
     authority.write_bytes(b"certificate")
