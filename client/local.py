@@ -470,10 +470,9 @@ def _rival(order: Order, trunk: nn.Module, graph: FilterGraph, packed: np.ndarra
     copied = _slim(order, copy.deepcopy(trunk).cpu(), graph)
     size = feature_size(copied, graph.head, order.net.input_shape, order.layers)
     classifier = Discriminant.unpack(packed, order.net.classes, size)
-    if not order.opinion:
-        return ClosedFormNet(copied, graph.head, Scores(classifier), order.layers).eval()
-    scores = Scores(classifier.impartial(), order.opinion)
-    return ClosedFormNet(copied, graph.head, scores, order.layers, beside=True).eval()
+    beside = order.opinion > 0
+    scores = Scores(classifier.impartial(), order.opinion) if beside else Scores(classifier)
+    return ClosedFormNet(copied, graph.head, scores, order.layers, beside=beside).eval()
 
 
 def _slim(order: Order, net: nn.Module, graph: FilterGraph) -> nn.Module:

@@ -117,16 +117,15 @@ class ExpertNet(nn.Module):
         nets = [first, *(_expert(first, expert) for expert in experts)]
         self.stem = stem_conv(first, stem)
         scores = None if discriminant is None else Scores(discriminant.impartial(), weight)
-        alone = closed and discriminant is not None
         self.nets = nn.ModuleList()
         for number, (net, is_told) in enumerate(zip(nets, told, strict=True)):
             plain = _without_bn(net)
             if scores is None or not is_told:
                 self.nets.append(plain)
             else:
-                beside = number > 0 or not alone
+                beside = number > 0 or not closed
                 self.nets.append(ClosedFormNet(plain, head, scores, beside=beside))
-        absent = discriminant.absent() if alone and discriminant is not None else None
+        absent = discriminant.absent() if closed and discriminant is not None else None
         self.register_buffer("absent", absent)
         self.gate = Gate(worlds, _AXES * len(worlds))
 

@@ -86,6 +86,14 @@ class Memory:
         return not (self.closed or self.experts)
 
     @property
+    def by_statistics(self) -> bool:
+        """Whether class statistics answer for every world.
+
+        They are shared with experts as their opinion; where none is wanted, there are no experts.
+        """
+        return self.closed and not (self.experts and self.weight)
+
+    @property
     def opinion_weight(self) -> float:
         """Weight of `opinion`: it has seen the newest images alone, which were trained on, too."""
         return self.weight / 2
@@ -177,7 +185,7 @@ def assembled(
     if memory.plain:
         return _advised(trunk, graph.head, memory)
     sums = memory.classes
-    if memory.closed and not memory.experts:
+    if memory.by_statistics:
         assert sums is not None
         scores = Scores(sums.discriminant(memory.head))
         return ClosedFormNet(trunk, graph.head, scores, memory.layers)

@@ -208,14 +208,11 @@ class RunState:
 
         Each with its digest; they hold it for as long as it stays the same.
         """
-        rival = None
-        if self.memory is not None and self.memory.rival is not None:
-            memory, sums = self.memory, self.memory.rival
-            if self.phase == "tally":
-                rival = sums.discriminant(memory.head).pack(sums.sums.shape[1])
-            if self.phase == "advise":
-                chosen = sums.discriminant(memory.head, memory.most)
-                rival = chosen.pack(sums.sums.shape[1])
+        rival, memory = None, self.memory
+        if self.phase in ("tally", "advise") and memory is not None and memory.rival is not None:
+            most = memory.most if self.phase == "advise" else 0
+            size = memory.rival.sums.shape[1]
+            rival = memory.rival.discriminant(memory.head, most).pack(size)
         found = {"anchor": self.carried.anchor, "replay": self.synthetic, "rival": rival}
         return {
             name: (state_digest({name: torch.from_numpy(array)}), array)
@@ -904,7 +901,7 @@ def _after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         return _learn_classes(plan, state, memory, sums, outcome.class_counts, math.nan)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
     new_classes = set(present) - set(memory.known)
-    alone = plan.config.shift == "statistics" or (memory.closed and not memory.experts)
+    alone = plan.config.shift == "statistics" or memory.by_statistics
     by_statistics = replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
     if (alone or new_classes) and memory.classes is not None:
         return by_statistics

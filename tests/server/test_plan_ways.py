@@ -314,6 +314,17 @@ def test_new_classes_beside_experts_leave_the_experts(plan: Plan) -> None:
     assert (memory.closed, len(memory.experts), memory.known) == (True, 1, (0, 1, 2))
 
 
+def test_new_classes_beside_experts_without_an_opinion_are_learnt_by_statistics_alone() -> None:
+    plan = make_plan(steps=3, rounds=2, opinion_weight=0.0)
+    done = grown(plan, begin(plan), 2.0)
+    done = replace(done, memory=replace(memory_of(done), known=(0, 1)))
+    learnt = by_statistics(plan, done, 0.0, classes=3)
+    net = assembled(plan.net, plan.graph, learnt.prior, learnt.free, learnt.memory)
+    assert isinstance(net, ClosedFormNet)
+    assert not net.beside
+    assert looked(plan, learnt, 6.0).way == "classes"  # no expert would be asked
+
+
 def test_a_class_that_nobody_has_shown_is_never_the_answer(plan: Plan) -> None:
     plan = make_plan(steps=3, rounds=2, expert_gap=0.99)
     memory = memory_of(by_statistics(plan, tallied(plan, grown(plan, begin(plan), 2.0)), 0.3))
