@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -12,20 +11,21 @@ import torch
 
 from common.process import keep_freed_memory, settle
 
-_FAULTS = """
+_RESIDENT = """
 import resource, sys
 import torch
 from common.process import settle
 if sys.argv[1] == "settled":
     settle()
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 def step():
-    blocks = [torch.ones(2**20) for _ in range(8)]  # 4 MiB each
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    block = torch.ones(2**24)  # 64 MiB: by default glibc never keeps a block above 32 MiB
+    return resident()
+before = resident()
+during = [step() for _ in range(3)][-1]
+print(during - before, resident() - before)
 """
 
 
@@ -41,13 +41,19 @@ def test_threads_are_set() -> None:
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="this C library is not glibc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc/self/statm here")
 def test_freed_memory_is_not_given_back_between_steps() -> None:
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", _FAULTS, how]
+    # What a process holds, not how often it faults: some kernels of virtual machines count none.
+    def memory(how: str) -> tuple[int, int]:
+        command = [sys.executable, "-c", _RESIDENT, how]
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
-        return int(done.stdout)
+        during, after = map(int, done.stdout.split())
+        return during, after
 
-    settled = faults("settled")
-    assert settled < 8 * 4 * 2**20 // resource.getpagesize() / 8  # of one step's pages
-    assert faults("plain") > 4 * settled
+    block = 64 * 2**20
+    for how in ("settled", "plain"):
+        during, after = memory(how)
+        if during < 0.9 * block:
+            pytest.skip("this kernel does not say how much memory a process holds")
+        assert (after > 0.9 * block) == (how == "settled")
