@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.bases import Bases
@@ -19,6 +19,7 @@ from client.wire import Arrays
 from common.accelerator import Accelerator
 from common.config import Config
 from common.errors import ConfigError, FallowError
+from common.flower import flower_array
 from common.order import Report, read_order
 from common.process import settle
 from common.update import read_array
@@ -126,7 +127,7 @@ def _reply(message: Message, report: Report, update: Any = None) -> Message:
     text = report.model_dump_json(exclude=absent)
     content = RecordDict({"report": ConfigRecord({"json": text})})
     if update is not None:
-        content["arrays"] = ArrayRecord({"update": Array(update)})
+        content["arrays"] = ArrayRecord({"update": flower_array(update)})
     return Message(content, reply_to=message)
 
 

@@ -88,12 +88,12 @@ def _held(digest: str, sent: State | None, bases: Bases) -> State | None:
 
 def _importances(order: Order, array: np.ndarray, size: int) -> torch.Tensor:
     if order.codec_down == "fp32":
-        return torch.from_numpy(check_values(array, size, "the importances"))
+        return torch.from_numpy(check_values(array, size, "the importances").copy())
     return torch.from_numpy(decode_scores(array, size))
 
 
 def _classifier(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(check_values(array, array.size, "the rival classifier"))
+    return torch.from_numpy(check_values(array, array.size, "the rival classifier").copy())
 
 
 def _images(order: Order, array: np.ndarray) -> torch.Tensor:
@@ -103,4 +103,4 @@ def _images(order: Order, array: np.ndarray) -> torch.Tensor:
             f"the synthetic images are {array.dtype}{list(array.shape)}, expected "
             f"uint8[N, {height}, {width}, {channels}]"
         )
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.copy())  # a view of the message cannot be written

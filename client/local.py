@@ -200,7 +200,7 @@ def carry_out(
             accelerator,
             check,
         )
-        trained = layout.pack(read_state(student))
+        trained = layout.pack(student.state_dict())
         update = packed_update(order, start, trained, layout, data.device, bases, privacy)
     return (
         Report(

@@ -132,11 +132,19 @@ class Layout:
                 f"packed values are {values.dtype}{list(values.shape)}, expected "
                 f"float32[{self.size}] for scope '{self.scope}': free set or net differ"
             )
-        result = {name: tensor.clone() for name, tensor in state.items()}
-        flat = torch.from_numpy(np.ascontiguousarray(values))
-        for entry in self.entries:
-            start = self.offsets[entry.tensor]
-            entry.write(result[entry.tensor], flat[start : start + entry.size])
+        result = {}
+        entries = {entry.tensor: entry for entry in self.entries}
+        for name, tensor in state.items():
+            if name not in entries:
+                result[name] = tensor.clone()
+                continue
+            entry, start = entries[name], self.offsets[name]
+            mine = torch.from_numpy(values[start : start + entry.size].copy())
+            if entry.index is None:
+                result[name] = mine.view_as(tensor)
+            else:
+                result[name] = tensor.clone()
+                entry.write(result[name], mine)
         return result
 
 

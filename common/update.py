@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from common.errors import UpdateError
 from common.layout import Entry, Layout
 from common.state import State, state_digest
 
+_LONGEST_HEADER = 10 + 2**16
 _SHORTEST = 32
 """Values a row must have to be worth a step of its own; shorter ones of a tensor share one."""
 
@@ -48,17 +50,17 @@ def check_values(values: np.ndarray, size: int, what: str) -> np.ndarray:
     return values
 
 
-def read_array(data: bytes, what: str) -> np.ndarray:
-    """Read an array in NumPy's file format.
+def read_array(data: bytes | mmap.mmap, what: str) -> np.ndarray:
+    """Return the array in bytes of NumPy's file format: a view of them, which cannot be written.
 
-    Its size is compared with the bytes that are there before anything is allocated.
+    Its size is compared with the bytes that are there before anything is made of it.
 
     Raises
     ------
     UpdateError
         If it is none, an array of objects, or not as long as its header says.
     """
-    file = io.BytesIO(data)
+    file = io.BytesIO(memoryview(data)[:_LONGEST_HEADER])
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
@@ -75,7 +77,18 @@ def read_array(data: bytes, what: str) -> np.ndarray:
             f"{what} has {here} bytes, its header says {dtype}{list(shape)}: it is truncated or "
             "too long"
         )
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape).copy()
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+
+
+def write_array(array: np.ndarray) -> bytes:
+    """Return an array in NumPy's file format, for `read_array`.
+
+    As `numpy.save` writes it, in one copy: a file in memory grows, and is copied, piece by piece.
+    """
+    array = np.ascontiguousarray(array)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return b"".join([header.getvalue(), array.reshape(-1).view(np.uint8).data])
 
 
 @functools.lru_cache(maxsize=8)

@@ -164,7 +164,7 @@ class Admission:
         both = 0.0
         for begin in range(0, len(values), _AT_ONCE):  # what fits into a processor's cache
             piece = slice(begin, begin + _AT_ONCE)
-            moved = values[piece].astype(np.float64) - self._start[piece]
+            moved = np.subtract(values[piece], self._start[piece], dtype=np.float64)
             both += float(moved @ moved)
         where = self._statistics
         statistics = values[where].astype(np.float64) - self._start[where]

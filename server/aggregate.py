@@ -7,6 +7,9 @@ import numpy as np
 from common.errors import UpdateError
 from common.layout import Layout
 
+_AT_ONCE = 1 << 15
+"""Values that are added at once: what fits into a processor's cache."""
+
 
 class MaskedMean:
     """Averages packed updates one at a time; memory grows with the model alone.
@@ -31,10 +34,13 @@ class MaskedMean:
         """Add one device's packed values, trained on `images` images."""
         if images < 1:
             raise UpdateError(f"an update counts {images} images: at least 1 is needed")
-        moments = values.astype(np.float64)
-        moments[self._variances] += moments[self._means] ** 2
-        moments *= images
-        self._sum += moments
+        moments = values[self._variances].astype(np.float64)
+        moments += values[self._means].astype(np.float64) ** 2
+        moments = self._sum[self._variances] + images * moments
+        for begin in range(0, len(values), _AT_ONCE):
+            piece = slice(begin, begin + _AT_ONCE)
+            self._sum[piece] += values[piece].astype(np.float64) * images
+        self._sum[self._variances] = moments
         self._weight += images
 
     def result(self) -> np.ndarray:

@@ -3,13 +3,14 @@
 No Ray, no SuperLink, no process per message. Each worker handles one device at a time on one
 thread, so what comes out does not depend on how many there are. An array that goes to many
 devices is written to a file once and read once by each worker: their models are one copy in the
-page cache, not a pickle each.
+page cache, not a pickle each. A large array of a reply is a file too, which the server maps.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import mmap
 import multiprocessing
 import os
 import signal
@@ -126,8 +127,10 @@ class InlineGrid(Grid):
                 "cache": self._cache,
             }
             handed = message if self._shelf is None else self._shelf.shortened(message)
-            future = self._pool.submit(_answer, self._settings, node, handed)
-            if self._shelf is not None:
+            if self._shelf is None:
+                future = self._pool.submit(_answer, self._settings, node, handed)
+            else:
+                future = self._pool.submit(_answer_by_file, self._settings, node, handed)
                 future.add_done_callback(self._shelf.done_with(handed))
             self._pending[identifier] = future
             identifiers.append(identifier)
@@ -136,7 +139,7 @@ class InlineGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there; an exception in a device is raised here."""
         ready = [i for i in message_ids if i in self._pending and self._pending[i].done()]
-        return [self._pending.pop(identifier).result() for identifier in ready]
+        return [picked_up(self._pending.pop(identifier).result()) for identifier in ready]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -221,9 +224,14 @@ class Shelf:
         return done
 
 
+def _arrays(message: Message) -> Iterator[Any]:
+    if message.has_content():
+        for record in message.content.array_records.values():
+            yield from record.values()
+
+
 def _elsewhere(message: Message) -> Iterator[Any]:
-    for record in message.content.array_records.values():
-        yield from (array for array in record.values() if isinstance(array.data, Elsewhere))
+    return (array for array in _arrays(message) if isinstance(array.data, Elsewhere))
 
 
 @lru_cache(maxsize=3)
@@ -260,6 +268,37 @@ def _client_app() -> ClientApp:
     from client.app import app
 
     return app
+
+
+_LEAST_MAPPED = 2**20
+"""Bytes from which an array of a reply is a file: each holds a file descriptor of the server's."""
+_FILES = itertools.count()
+
+
+def _answer_by_file(settings: Settings, node: Settings, message: Message) -> Message:
+    """Answer, with the large arrays in files."""
+    return put_down(_answer(settings, node, message), Path(node["cache"]) / "sent")
+
+
+def put_down(reply: Message, folder: Path) -> Message:
+    """Write a reply's large arrays into files, which `picked_up` maps where the server is."""
+    for array in _arrays(reply):
+        if len(array.data) >= _LEAST_MAPPED:
+            path = folder / f"{os.getpid()}-reply-{next(_FILES)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(array.data)
+            array.data = Elsewhere(str(path))
+    return reply
+
+
+def picked_up(reply: Message) -> Message:
+    """Map the large arrays of a reply; their files are gone from the folder."""
+    for array in _elsewhere(reply):
+        path = Path(array.data.path)
+        with path.open("rb") as file:
+            array.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        path.unlink()
+    return reply
 
 
 def _answer(settings: Settings, node: Settings, message: Message) -> Message:

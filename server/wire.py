@@ -10,6 +10,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.errors import UpdateError
+from common.flower import flower_array
 from common.order import Order, Report, read_report
 from common.update import read_array
 
@@ -65,7 +66,7 @@ def _json(order: Order) -> str:
 
 def _array(values: np.ndarray) -> Array:
     """Return values for Flower; a round's devices share the bytes."""
-    return _remembered(_ARRAYS, values, lambda: Array(values))
+    return _remembered(_ARRAYS, values, lambda: flower_array(values))
 
 
 def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V], most: int = 3) -> V:

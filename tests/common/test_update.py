@@ -28,6 +28,7 @@ from common.update import (
     move,
     read_array,
     rows_of,
+    write_array,
 )
 
 
@@ -101,7 +102,9 @@ def test_an_array_is_read_as_it_was_saved(dtype: Any, shape: Any) -> None:
     read = read_array(saved(array), "it")
     assert read.dtype == array.dtype
     np.testing.assert_array_equal(read, array)
-    read[...] = 0  # and is one's own
+    assert write_array(array) == saved(array)
+    with pytest.raises(ValueError, match="read-only"):  # it is the message's
+        read[...] = 0
 
 
 def test_an_array_that_is_not_what_it_says_is_refused_before_it_is_allocated() -> None:

@@ -21,8 +21,10 @@ from flwr.supercore.run import Run
 import server.run
 from common.config import Config
 from common.errors import ConfigError
+from common.flower import flower_array
 from common.state import state_digest
-from server.inline import Elsewhere, InlineGrid, Shelf, _identify
+from common.update import read_array
+from server.inline import Elsewhere, InlineGrid, Shelf, _identify, picked_up, put_down
 from server.progress import NullProgress
 from server.publish import Published
 from server.run import conduct
@@ -179,6 +181,23 @@ def test_what_goes_to_many_lies_in_one_file_until_all_have_answered(tmp_path: Pa
         assert path.exists()
         shelf.done_with(made)(answered)
     assert not path.exists()
+
+
+def test_a_large_array_of_a_reply_is_a_file_until_it_is_picked_up(tmp_path: Path) -> None:
+    _identify()
+    large, small = flower_array(np.arange(2**18, dtype=np.float32)), flower_array(np.arange(3))
+    content = RecordDict({"arrays": ArrayRecord({"update": large, "more": small})})
+    reply = Message(content, reply_to=sent(1, small))
+    folder, whole = tmp_path / "sent", large.data
+    put_down(reply, folder)
+    short = reply.content.array_records["arrays"]
+    assert short["update"].data == Elsewhere(str(next(folder.iterdir())))
+    assert short["more"].data == small.data
+    again = picked_up(pickle.loads(pickle.dumps(reply))).content.array_records["arrays"]
+    assert list(folder.iterdir()) == []
+    assert bytes(again["update"].data) == whole
+    np.testing.assert_array_equal(read_array(again["update"].data, "it"), np.arange(2**18))
+    assert again["more"].data == small.data
 
 
 def test_replies_come_as_they_are_done_and_only_once(later: tuple[InlineGrid, Later]) -> None:
