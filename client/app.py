@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.bases import Bases
@@ -19,10 +19,9 @@ from client.wire import Arrays
 from common.accelerator import Accelerator
 from common.config import Config
 from common.errors import ConfigError, FallowError
-from common.flower import flower_array
 from common.order import Report, read_order
 from common.process import settle
-from common.update import read_array
+from common.update import read_array, write_array
 
 _BASES: dict[Path, Bases] = {}
 
@@ -127,7 +126,9 @@ def _reply(message: Message, report: Report, update: Any = None) -> Message:
     text = report.model_dump_json(exclude=absent)
     content = RecordDict({"report": ConfigRecord({"json": text})})
     if update is not None:
-        content["arrays"] = ArrayRecord({"update": flower_array(update)})
+        data = write_array(update)  # what Array(update) does, in one copy
+        array = Array(str(update.dtype), update.shape, "numpy.ndarray", data)
+        content["arrays"] = ArrayRecord({"update": array})
     return Message(content, reply_to=message)
 
 

@@ -10,9 +10,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.errors import UpdateError
-from common.flower import flower_array
 from common.order import Order, Report, read_report
-from common.update import read_array
+from common.update import read_array, write_array
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -66,7 +65,12 @@ def _json(order: Order) -> str:
 
 def _array(values: np.ndarray) -> Array:
     """Return values for Flower; a round's devices share the bytes."""
-    return _remembered(_ARRAYS, values, lambda: flower_array(values))
+    return _remembered(_ARRAYS, values, lambda: array_of(values))
+
+
+def array_of(values: np.ndarray) -> Array:
+    """Return what `Array(values)` is, in one copy of its bytes."""
+    return Array(str(values.dtype), values.shape, "numpy.ndarray", write_array(values))
 
 
 def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V], most: int = 3) -> V:

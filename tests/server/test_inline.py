@@ -21,7 +21,6 @@ from flwr.supercore.run import Run
 import server.run
 from common.config import Config
 from common.errors import ConfigError
-from common.flower import flower_array
 from common.state import state_digest
 from common.update import read_array
 from server.inline import Elsewhere, InlineGrid, Shelf, _identify, picked_up, put_down
@@ -29,7 +28,7 @@ from server.progress import NullProgress
 from server.publish import Published
 from server.run import conduct
 from server.simulate import simulate_inline
-from server.wire import hello_message, read_reply
+from server.wire import array_of, hello_message, read_reply
 
 SETTINGS: dict[str, Any] = {
     "data": "digits",
@@ -185,7 +184,7 @@ def test_what_goes_to_many_lies_in_one_file_until_all_have_answered(tmp_path: Pa
 
 def test_a_large_array_of_a_reply_is_a_file_until_it_is_picked_up(tmp_path: Path) -> None:
     _identify()
-    large, small = flower_array(np.arange(2**18, dtype=np.float32)), flower_array(np.arange(3))
+    large, small = array_of(np.arange(2**18, dtype=np.float32)), array_of(np.arange(3))
     content = RecordDict({"arrays": ArrayRecord({"update": large, "more": small})})
     reply = Message(content, reply_to=sent(1, small))
     folder, whole = tmp_path / "sent", large.data

@@ -467,7 +467,7 @@ def test_an_opinion_of_an_earlier_model_does_not_stay(monkeypatch: pytest.Monkey
     plan = make_plan(steps=3, rounds=1, freeing="never", scope="all")
     done = advised(plan, through(plan, looked(plan, begin(plan))))
     assert memory_of(done).opinion is not None
-    monkeypatch.setattr("server.plan.parameter_count", lambda net: 10)
+    monkeypatch.setattr("server.plan.end.parameter_count", lambda net: 10)
     more = through(plan, looked(plan, done))
     assert (more.step, more.phase, memory_of(more).opinion) == (3, "look", None)
 
@@ -475,7 +475,7 @@ def test_an_opinion_of_an_earlier_model_does_not_stay(monkeypatch: pytest.Monkey
 def test_no_opinion_is_asked_for_that_has_more_values_than_the_net(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.plan.parameter_count", lambda net: 10)
+    monkeypatch.setattr("server.plan.end.parameter_count", lambda net: 10)
     plan = make_plan(steps=2, rounds=1, freeing="never", scope="all")
     done = through(plan, looked(plan, begin(plan)))
     assert (done.step, done.phase) == (2, "look")
