@@ -15,6 +15,8 @@ which reads both. It learns what the whole net would with all else frozen
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -27,11 +29,13 @@ from common.filters import FilterGraph, FreeSet, freed_index
 from common.layout import Entry, Layout
 from common.twin_cache import KeptCache
 from common.twin_ops import Halves, Part, Pass
-from common.twin_run import evaluate
+from common.twin_run import Op, evaluate
 from common.twin_trace import Builder, TwinUnsupported
 
 __all__ = ["Twin", "TwinUnsupported"]
 
+_LEAN_PARTS = 3
+"""Of which a lean twin holds one: more would hold little less, for what passes between them."""
 _TOLERANCE = 1e-3  # of the largest logit; a channel mistaken for another is far beyond it
 
 
@@ -47,8 +51,7 @@ class Twin(nn.Module):
     graph, free
         Its filter groups and those that are freed.
     lean : bool
-        Compute the half of the activations that comes first, and is the largest, anew in the
-        backward pass instead of holding it.
+        Compute two thirds of the activations anew in the backward pass instead of holding them.
     cache_bytes : int
         Most memory for the kept part's activations of images that come again; 0 caches none.
         Only images that are the same to the last bit do (see `common.twin_cache`).
@@ -79,7 +82,9 @@ class Twin(nn.Module):
             builder = Builder(net, graph, free, example)
             _compare(net, example, builder.logits)
         self._ops = builder.ops
-        self._front = builder.half_way() if lean else 0
+        cuts = [0, *(builder.cuts(_LEAN_PARTS) if lean else [])]
+        self._repeated = [self._ops[a:b] for a, b in itertools.pairwise(cuts)]
+        self._held = self._ops[cuts[-1] :]
         self.cache = KeptCache(cache_bytes) if cache_bytes else None
         self._pass = Pass()
         for part in builder.parts.values():
@@ -102,22 +107,34 @@ class Twin(nn.Module):
         if noted is not None:
             with self._passing(half="freed", noted=noted):
                 taught, logits = evaluate(self._ops, Halves(x, None))
-        elif self._front and learning:
-            freed, kept = Again.apply(self.weights, self.scales, self._first, x)  # type: ignore[no-untyped-call]
+        elif self._repeated and learning:
+            kept, freed, number = x, None, 0
+            for ops in self._repeated:
+                run = functools.partial(self._run, ops, number)
+                freed, kept = Again.apply(self.weights, self.scales, freed, kept, run)  # type: ignore[no-untyped-call]
+                number = ops[-1].number
             self._point()  # what was pointed at inside has no gradient
-            middle, number = Halves(kept, freed), self._ops[self._front - 1].number
-            taught, logits = evaluate(self._ops[self._front :], middle, number)
+            taught, logits = evaluate(self._held, Halves(kept, freed), number)
         else:
             taught, logits = evaluate(self._ops, Halves(x, None))
         assert taught is not None
         assert logits is not None
         return taught, logits
 
-    def _first(self, weights: Tensor, scales: Tensor, x: Tensor, *, again: bool) -> Halves:
-        """Run the operations that a lean twin repeats, with these values of its parameters."""
+    def _run(
+        self,
+        ops: list[Op],
+        number: int,
+        weights: Tensor,
+        scales: Tensor,
+        value: Halves,
+        *,
+        again: bool,
+    ) -> Halves:
+        """Run some operations that a lean twin repeats, with these values of its parameters."""
         self._point(weights, scales)
         with self._passing(again=again):
-            return evaluate(self._ops[: self._front], Halves(x, None))
+            return evaluate(ops, value, number)
 
     @torch.no_grad()
     def _kept(self, x: Tensor) -> list[Tensor]:
@@ -186,31 +203,39 @@ class Twin(nn.Module):
 
 
 class Again(torch.autograd.Function):
-    """Runs the first part of a twin without holding anything, and again in the backward pass.
+    """Runs a part of a twin without holding anything, and again in the backward pass.
 
     What torch.utils.checkpoint does, without the 800 modules (80 MB) that it loads.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weights: Tensor, scales: Tensor, run: Callable[..., Halves], x: Tensor
+        ctx: Any,
+        weights: Tensor,
+        scales: Tensor,
+        freed: Tensor | None,
+        kept: Tensor,
+        run: Callable[..., Halves],
     ) -> tuple[Tensor | None, Tensor | None]:
-        ctx.save_for_backward(weights, scales, x)
-        ctx.run, kind = run, x.device.type
+        ctx.save_for_backward(weights, scales, freed, kept)
+        ctx.run, kind = run, kept.device.type
         ctx.mixed = torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
-        middle = run(weights, scales, x, again=False)
-        ctx.mark_non_differentiable(middle.kept)
-        return middle.freed, middle.kept
+        result = run(weights, scales, Halves(kept, freed), again=False)
+        ctx.mark_non_differentiable(result.kept)
+        return result.freed, result.kept
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        weights, scales, x = ctx.saved_tensors
+        *learnt, kept = ctx.saved_tensors
         with torch.enable_grad(), ctx.mixed:
-            copies = [t.detach().requires_grad_() for t in (weights, scales)]
-            freed = ctx.run(*copies, x, again=True).freed
-        return *torch.autograd.grad(freed, copies, gradients[0]), None, None
+            copies = [None if t is None else t.detach().requires_grad_() for t in learnt]
+            weights, scales, freed = copies
+            result = ctx.run(weights, scales, Halves(kept, freed), again=True).freed
+        wanted = [t for t in copies if t is not None]
+        found = iter(torch.autograd.grad(result, wanted, gradients[0], allow_unused=True))
+        return *(None if t is None else next(found) for t in copies), None, None
 
 
 class Teacher(nn.Module):

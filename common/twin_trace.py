@@ -95,18 +95,19 @@ class Builder:
                 self._masks[node] = self._mask(node, value)
         self.logits: Halves = values[numbers[nodes[-1]]]
 
-    def half_way(self) -> int:
-        """Return how many operations hold half of what the backward pass needs.
+    def cuts(self, parts: int) -> list[int]:
+        """Return after how many operations to cut, so that each part holds as much as any other.
 
-        They pass on one value alone; if there is no such place, none of them do.
+        What they hold is what the backward pass needs. Only one value may be passed on at a cut:
+        where there is no such place, there are fewer parts.
         """
         total = sum(size for size, _ in self._sizes)
-        so_far = 0
+        so_far, found = 0, list[int]()
         for count, (size, alone) in enumerate(self._sizes[:-1], 1):
             so_far += size
-            if alone and so_far >= total / 2:
-                return count
-        return 0
+            if alone and so_far >= total * (len(found) + 1) / parts:
+                found.append(count)
+        return found[: parts - 1]
 
     def _note(self, node: fx.Node, value: Any, done: tuple[int, ...]) -> None:
         """Note what an operation adds to the memory, and whether others are needed after it."""

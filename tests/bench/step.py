@@ -8,7 +8,7 @@ thread's CPU time stand beside those of wall time: other processes disturb them 
 fine-tuning is the usual loop: all weights, torch's SGD, cross entropy, channels-last tensors, no
 teacher. All others learn from the prior model too:
 
-- rows: a twin; lean: one that computes half of its activations anew; cached: one that has the
+- rows: a twin; lean: one that computes two thirds of its activations anew; cached: one that has the
   kept part's activations of these images from the epoch before (no crops).
 - group: whole gradients of all weights, of which all but a slice is dropped, and slices (what the
   devices do): wide convolutions have gradients for the trained slices alone.

@@ -402,11 +402,11 @@ def test_a_lean_twin_learns_the_same_to_the_bit(name: str) -> None:
         assert torch.equal(tensor, expected[key]), key
 
 
-def test_a_twin_holds_less_for_the_backward_pass_and_a_lean_one_half_of_that() -> None:
+def test_a_twin_holds_less_for_the_backward_pass_and_a_lean_one_half_of_that_or_less() -> None:
     net, graph, free = step("resnet18")
     data, twin = images(graph, 8), Twin(net, graph, free, lean=True)
     plain = saved(net.train(), data.x)
-    assert saved(twin, data.x) < 0.36 * plain
+    assert saved(twin, data.x) < 0.3 * plain
     assert saved(Twin(net, graph, free), data.x) < 0.7 * plain
 
 
