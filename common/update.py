@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import mmap
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +16,6 @@ from common.errors import UpdateError
 from common.layout import Entry, Layout
 from common.state import State, state_digest
 
-_LONGEST_HEADER = 10 + 2**16
 _SHORTEST = 32
 """Values a row must have to be worth a step of its own; shorter ones of a tensor share one."""
 
@@ -50,7 +48,7 @@ def check_values(values: np.ndarray, size: int, what: str) -> np.ndarray:
     return values
 
 
-def read_array(data: bytes | mmap.mmap, what: str) -> np.ndarray:
+def read_array(data: bytes, what: str) -> np.ndarray:
     """Return the array in bytes of NumPy's file format: a view of them, which cannot be written.
 
     Its size is compared with the bytes that are there before anything is made of it.
@@ -60,7 +58,7 @@ def read_array(data: bytes | mmap.mmap, what: str) -> np.ndarray:
     UpdateError
         If it is none, an array of objects, or not as long as its header says.
     """
-    file = io.BytesIO(memoryview(data)[:_LONGEST_HEADER])
+    file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):

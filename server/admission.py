@@ -161,15 +161,15 @@ class Admission:
             return Lengths(float(np.linalg.norm(values.astype(np.float64))) / report.images)
         if self.order.phase in ("weigh", "anchor"):  # of gradients, which may well differ by much
             return Lengths()
-        both = 0.0
-        for begin in range(0, len(values), _AT_ONCE):  # what fits into a processor's cache
-            piece = slice(begin, begin + _AT_ONCE)
-            moved = np.subtract(values[piece], self._start[piece], dtype=np.float64)
-            both += float(moved @ moved)
-        where = self._statistics
+        weights, where = 0.0, self._statistics
         statistics = values[where].astype(np.float64) - self._start[where]
-        apart = float(statistics @ statistics)
-        return Lengths(math.sqrt(max(both - apart, 0.0)), math.sqrt(apart))
+        with np.errstate(over="ignore"):  # infinite is too long, too
+            for begin in range(0, len(values), _AT_ONCE):  # what fits into a processor's cache
+                end = begin + _AT_ONCE
+                moved = values[begin:end] - self._start[begin:end]
+                moved[where[(where >= begin) & (where < end)] - begin] = 0
+                weights += float(moved @ moved)
+        return Lengths(math.sqrt(weights), float(np.linalg.norm(statistics)))
 
     def outliers(
         self, lengths: Mapping[str, Lengths], reports: Mapping[str, Report]

@@ -3,14 +3,14 @@
 No Ray, no SuperLink, no process per message. Each worker handles one device at a time on one
 thread, so what comes out does not depend on how many there are. An array that goes to many
 devices is written to a file once and read once by each worker: their models are one copy in the
-page cache, not a pickle each. A large array of a reply is a file too, which the server maps.
+page cache, not a pickle each. A large array of a reply comes by file, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-import mmap
 import multiprocessing
 import os
 import signal
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +66,7 @@ class InlineGrid(Grid):
         self._pool: Executor | None = None
         self._numbers = itertools.count(1)
         self._pending: dict[str, Future[Message]] = {}
+        self._done: set[str] = set()
         self._shelf: Shelf | None = None
         self._run = Run.create_empty(run_id=1)
 
@@ -133,13 +134,18 @@ class InlineGrid(Grid):
                 future = self._pool.submit(_answer_by_file, self._settings, node, handed)
                 future.add_done_callback(self._shelf.done_with(handed))
             self._pending[identifier] = future
+            future.add_done_callback(partial(self._note_done, identifier))
             identifiers.append(identifier)
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there; an exception in a device is raised here."""
-        ready = [i for i in message_ids if i in self._pending and self._pending[i].done()]
+        ready = [identifier for identifier in message_ids if identifier in self._done]
+        self._done.difference_update(ready)
         return [picked_up(self._pending.pop(identifier).result()) for identifier in ready]
+
+    def _note_done(self, identifier: str, _: Future[Message]) -> None:
+        self._done.add(identifier)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -270,9 +276,10 @@ def _client_app() -> ClientApp:
     return app
 
 
-_LEAST_MAPPED = 2**20
-"""Bytes from which an array of a reply is a file: each holds a file descriptor of the server's."""
+_LEAST_FILED = 2**18
+"""Bytes from which an array of a reply goes by file."""
 _FILES = itertools.count()
+_FULL, _FREE = ".reply", ".free"
 
 
 def _answer_by_file(settings: Settings, node: Settings, message: Message) -> Message:
@@ -281,23 +288,36 @@ def _answer_by_file(settings: Settings, node: Settings, message: Message) -> Mes
 
 
 def put_down(reply: Message, folder: Path) -> Message:
-    """Write a reply's large arrays into files, which `picked_up` maps where the server is."""
+    """Write a reply's large arrays into files, from which `picked_up` reads them.
+
+    A file that was read is written again: its pages are there and in the processor's cache.
+    """
     for array in _arrays(reply):
-        if len(array.data) >= _LEAST_MAPPED:
-            path = folder / f"{os.getpid()}-reply-{next(_FILES)}"
+        if len(array.data) >= _LEAST_FILED:
+            path = folder / f"{os.getpid()}-{next(_FILES)}{_FULL}"
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(array.data)
+            with _free_file(path).open("r+b") as file:
+                file.write(array.data)
+                file.truncate()
             array.data = Elsewhere(str(path))
     return reply
 
 
+def _free_file(path: Path) -> Path:
+    """Return `path`, which is now a file that nobody needs, or a new one."""
+    for free in path.parent.glob(f"*{_FREE}"):
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            return free.rename(path)
+    path.touch()
+    return path
+
+
 def picked_up(reply: Message) -> Message:
-    """Map the large arrays of a reply; their files are gone from the folder."""
+    """Read the large arrays of a reply; their files are free for others."""
     for array in _elsewhere(reply):
         path = Path(array.data.path)
-        with path.open("rb") as file:
-            array.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        path.unlink()
+        array.data = path.read_bytes()
+        path.rename(path.with_suffix(_FREE))
     return reply
 
 
