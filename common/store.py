@@ -196,12 +196,6 @@ class BundleStore:
         """Remove the state called `digest`, if it is here."""
         self.path(digest).unlink(missing_ok=True)
 
-    def retain(self, digests: set[str]) -> None:
-        """Remove every state that is not among `digests`."""
-        for path in self.folder.glob("*.safetensors"):
-            if path.stem not in digests:
-                path.unlink(missing_ok=True)
-
     def _touch(self, digest: str) -> None:
         if self._keep is not None:
             with contextlib.suppress(OSError):

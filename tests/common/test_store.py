@@ -406,23 +406,11 @@ def test_without_a_limit_all_are_kept(tmp_path: Path) -> None:
     assert all(store.has(digest) for digest in digests)
 
 
-def test_all_but_what_is_named_can_be_removed(tmp_path: Path) -> None:
-    store = BundleStore(tmp_path)
-    digests = [store.put(state(seed)) for seed in range(4)]
-    (tmp_path / "note.txt").write_text("not ours")
-    store.retain({digests[1], digests[3], "0" * 64})
-    assert [store.has(digest) for digest in digests] == [False, True, False, True]
-    assert (tmp_path / "note.txt").exists()
-    BundleStore(tmp_path / "absent").retain(set())
-
-
 def test_what_a_killed_process_left_behind_disturbs_nobody(tmp_path: Path) -> None:
     store = BundleStore(tmp_path, keep=1)
     digest = store.put(state())
     (tmp_path / f".{digest}.safetensors.x1y2z3").write_bytes(b"half")
     assert state_digest(store.get(digest)) == digest
-    store.retain({digest})
-    assert store.has(digest)
 
 
 def test_a_bundle_is_absent_if_it_could_not_be_written_whole(
