@@ -21,7 +21,7 @@ from common.config import Config
 from common.errors import ConfigError, FallowError
 from common.order import Report, read_order
 from common.process import settle
-from common.update import read_array, write_array
+from common.update import array_fields, read_array
 
 _BASES: dict[Path, Bases] = {}
 
@@ -126,9 +126,7 @@ def _reply(message: Message, report: Report, update: Any = None) -> Message:
     text = report.model_dump_json(exclude=absent)
     content = RecordDict({"report": ConfigRecord({"json": text})})
     if update is not None:
-        data = write_array(update)  # what Array(update) does, in one copy
-        array = Array(str(update.dtype), update.shape, "numpy.ndarray", data)
-        content["arrays"] = ArrayRecord({"update": array})
+        content["arrays"] = ArrayRecord({"update": Array(*array_fields(update))})
     return Message(content, reply_to=message)
 
 

@@ -60,7 +60,7 @@ class Config(BaseModel):
     accelerator: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     amp: bool = Field(False, description="train in bfloat16 mixed precision")
     lean: bool = Field(
-        False, description="scope rows: half the memory of a training step, for more time"
+        False, description="scope rows: less than half the memory of a training step, for more time"
     )
     cache_mib: Whole = Field(
         0,

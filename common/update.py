@@ -89,6 +89,11 @@ def write_array(array: np.ndarray) -> bytes:
     return b"".join([header.getvalue(), array.reshape(-1).view(np.uint8).data])
 
 
+def array_fields(array: np.ndarray) -> tuple[str, tuple[int, ...], str, bytes]:
+    """Return what Flower's `Array` is made of: dtype, shape, kind and bytes of `array`."""
+    return str(array.dtype), array.shape, "numpy.ndarray", write_array(array)
+
+
 @functools.lru_cache(maxsize=8)
 def rows_of(layout: Layout) -> Rows:
     """Return which of a layout's values share a step: the weights of a filter.

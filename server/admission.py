@@ -16,12 +16,12 @@ import numpy as np
 from common.errors import UpdateError
 from common.order import Order, Report
 from common.update import check_values, decode_scores, decode_update, rows_of
+from server.aggregate import pieces
 from server.ledger import Ledger
 from server.plan import Plan, RunState, layout_of, statistics_features, statistics_size
 from server.plausible import check_class_sums, check_moments, check_report
 from server.wire import Reply, group_of
 
-_AT_ONCE = 2**15
 _LEAST_COMPARED = 3
 """With two answers nobody can say which of them is out of the way."""
 _REPORT_BYTES = 64 * 1024
@@ -164,10 +164,9 @@ class Admission:
         weights, where = 0.0, self._statistics
         statistics = values[where].astype(np.float64) - self._start[where]
         with np.errstate(over="ignore"):  # infinite is too long, too
-            for begin in range(0, len(values), _AT_ONCE):  # what fits into a processor's cache
-                end = begin + _AT_ONCE
-                moved = values[begin:end] - self._start[begin:end]
-                moved[where[(where >= begin) & (where < end)] - begin] = 0
+            for piece in pieces(len(values)):
+                moved = values[piece] - self._start[piece]
+                moved[where[(where >= piece.start) & (where < piece.stop)] - piece.start] = 0
                 weights += float(moved @ moved)
         return Lengths(math.sqrt(weights), float(np.linalg.norm(statistics)))
 

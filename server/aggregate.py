@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from common.errors import UpdateError
 from common.layout import Layout
 
-_AT_ONCE = 1 << 15
-"""Values that are added at once: what fits into a processor's cache."""
+_AT_ONCE = 2**15
+
+
+def pieces(values: int) -> Iterator[slice]:
+    """Return pieces of packed values that fit into a processor's cache."""
+    return (slice(begin, begin + _AT_ONCE) for begin in range(0, values, _AT_ONCE))
 
 
 class MaskedMean:
@@ -37,8 +43,7 @@ class MaskedMean:
         moments = values[self._variances].astype(np.float64)
         moments += values[self._means].astype(np.float64) ** 2
         moments = self._sum[self._variances] + images * moments
-        for begin in range(0, len(values), _AT_ONCE):
-            piece = slice(begin, begin + _AT_ONCE)
+        for piece in pieces(len(values)):
             self._sum[piece] += values[piece].astype(np.float64) * images
         self._sum[self._variances] = moments
         self._weight += images

@@ -127,10 +127,10 @@ class InlineGrid(Grid):
                 "num-partitions": self._devices,
                 "cache": self._cache,
             }
-            handed = message if self._shelf is None else self._shelf.shortened(message)
             if self._shelf is None:
-                future = self._pool.submit(_answer, self._settings, node, handed)
+                future = self._pool.submit(_answer, self._settings, node, message)
             else:
+                handed = self._shelf.shortened(message)
                 future = self._pool.submit(_answer_by_file, self._settings, node, handed)
                 future.add_done_callback(self._shelf.done_with(handed))
             self._pending[identifier] = future
@@ -141,8 +141,11 @@ class InlineGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there; an exception in a device is raised here."""
         ready = [identifier for identifier in message_ids if identifier in self._done]
-        self._done.difference_update(ready)
-        return [picked_up(self._pending.pop(identifier).result()) for identifier in ready]
+        return [self._collected(identifier) for identifier in ready]
+
+    def _collected(self, identifier: str) -> Message:
+        self._done.remove(identifier)
+        return picked_up(self._pending.pop(identifier).result())
 
     def _note_done(self, identifier: str, _: Future[Message]) -> None:
         self._done.add(identifier)

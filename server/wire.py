@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.errors import UpdateError
 from common.order import Order, Report, read_report
-from common.update import read_array, write_array
+from common.update import array_fields, read_array
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -65,12 +65,7 @@ def _json(order: Order) -> str:
 
 def _array(values: np.ndarray) -> Array:
     """Return values for Flower; a round's devices share the bytes."""
-    return _remembered(_ARRAYS, values, lambda: array_of(values))
-
-
-def array_of(values: np.ndarray) -> Array:
-    """Return what `Array(values)` is, in one copy of its bytes."""
-    return Array(str(values.dtype), values.shape, "numpy.ndarray", write_array(values))
+    return _remembered(_ARRAYS, values, lambda: Array(*array_fields(values)))
 
 
 def _remembered(known: list[tuple[K, V]], key: K, make: Callable[[], V], most: int = 3) -> V:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from common.filters import FreeSet, portion, union
 from common.memory import Memory
+from common.order import Phase
 from common.peers import joined
 from common.regrow import regrow
 from common.seeds import seed_of
@@ -24,17 +25,7 @@ def start(
     """Return the state of a new run: at step 1, or at step 0 if the prior has yet to be freed."""
     config, carried = plan.config, carried or Carried()
     if free.empty and config.freeing in ("always", "prior"):
-        return RunState(
-            0,
-            "weigh",
-            prior,
-            prior,
-            free,
-            config.share,
-            config.kd_weight,
-            memory=memory,
-            carried=carried,
-        )
+        return measuring(plan, 0, "weigh", prior, free, (), memory, carried)
     return begin_step(plan, 1, prior, free, (), memory, carried)
 
 
@@ -53,19 +44,33 @@ def begin_step(
         left = carried.spare if carried.learnt or free.empty else union(free, carried.spare)
         free, carried = FreeSet({}), replace(carried, spare=left, learnt=False)
     if memory is not None:
-        return RunState(
-            step,
-            "look",
-            prior,
-            prior,
-            free,
-            config.share,
-            config.kd_weight,
-            finished=finished,
-            memory=memory,
-            carried=carried,
-        )
+        return measuring(plan, step, "look", prior, free, finished, memory, carried)
     return begin_growing(plan, step, prior, free, finished, carried)
+
+
+def measuring(
+    plan: Plan,
+    step: int,
+    phase: Phase,
+    model: State,
+    free: FreeSet,
+    finished: tuple[StepOutcome, ...],
+    memory: Memory | None,
+    carried: Carried,
+) -> RunState:
+    """Return the begin of a phase that measures a model as it is."""
+    return RunState(
+        step,
+        phase,
+        model,
+        model,
+        free,
+        plan.config.share,
+        plan.config.kd_weight,
+        finished=finished,
+        memory=memory,
+        carried=carried,
+    )
 
 
 def begin_growing(

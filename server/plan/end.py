@@ -11,7 +11,7 @@ from common.filters import FreeSet, parameter_count
 from common.memory import Memory
 from common.state import State
 from common.update import decode_scores, encode_scores
-from server.plan.begin import begin_step
+from server.plan.begin import begin_step, measuring
 from server.plan.layouts import statistics_size
 from server.plan.state import Outcome, Plan, RunState, StepOutcome
 
@@ -95,18 +95,7 @@ def close_step(
             carried=carried,
         )
     if carried.anchor is not None and state.way == "whole" and refusal is None:
-        return RunState(
-            state.step,
-            "anchor",
-            model,
-            model,
-            free,
-            plan.config.share,
-            plan.config.kd_weight,
-            finished=finished,
-            memory=memory,
-            carried=carried,
-        )
+        return measuring(plan, state.step, "anchor", model, free, finished, memory, carried)
     return begin_step(plan, state.step + 1, model, free, finished, memory, carried)
 
 

@@ -27,7 +27,7 @@ from server.progress import NullProgress
 from server.publish import Published
 from server.run import conduct
 from server.simulate import simulate_inline
-from server.wire import array_of, hello_message, read_reply
+from server.wire import hello_message, read_reply
 
 SETTINGS: dict[str, Any] = {
     "data": "digits",
@@ -183,9 +183,9 @@ def test_what_goes_to_many_lies_in_one_file_until_all_have_answered(tmp_path: Pa
 
 def test_a_large_array_of_a_reply_comes_by_file_and_the_file_is_used_again(tmp_path: Path) -> None:
     _identify()
-    small = array_of(np.arange(3))
+    small = Array(np.arange(3))
     for size in (2**18, 2**17, 2**18):
-        large = array_of(np.arange(size, dtype=np.float32))
+        large = Array(np.arange(size, dtype=np.float32))
         content = RecordDict({"arrays": ArrayRecord({"update": large, "more": small})})
         reply = put_down(Message(content, reply_to=sent(1, small)), tmp_path / "sent")
         short = reply.content.array_records["arrays"]
@@ -231,6 +231,18 @@ def test_what_goes_wrong_in_a_device_is_raised_here(later: tuple[InlineGrid, Lat
     pool.handed[0][0].set_exception(ConfigError("a clear reason"))
     with pytest.raises(ConfigError, match="a clear reason"):
         grid.pull_messages(identifiers)
+
+
+def test_a_reply_that_is_there_beside_a_failure_is_not_lost(
+    later: tuple[InlineGrid, Later],
+) -> None:
+    grid, pool = later
+    identifiers = list(grid.push_messages([hello_message(n) for n in (1, 2)]))
+    pool.handed[0][0].set_exception(ConfigError("a clear reason"))
+    pool.finish(1)
+    with pytest.raises(ConfigError):
+        grid.pull_messages(identifiers)
+    assert len(list(grid.pull_messages(identifiers))) == 1
 
 
 def test_the_real_devices_answer(tmp_path: Path) -> None:
