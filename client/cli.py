@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ import typer
 from client.collect_cli import collect
 from client.options import AsJson, Store
 from common.command import run_command
+from common.garbage import end_process, hasten_imports
 
 app = typer.Typer(
     help="The device's side of fallow: collect images, train on them, use the model.",
@@ -176,7 +176,8 @@ def doctor(
 
 def main() -> None:
     """Entry point of ``fallow-device``."""
-    sys.exit(run_command(app, "interrupted: nothing that was kept is lost"))
+    hasten_imports()
+    end_process(run_command(app, "interrupted: nothing that was kept is lost"))
 
 
 if __name__ == "__main__":

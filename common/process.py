@@ -7,6 +7,8 @@ import functools
 
 import torch
 
+from common.garbage import settle_imports
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MOST = 2**30
@@ -23,6 +25,7 @@ def settle(threads: int = 1) -> None:
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
+    settle_imports()
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from rich.table import Table
 from common.command import run_command
 from common.config import Config
 from common.errors import ConfigError
+from common.garbage import end_process, hasten_imports
 from server.workers import prepare
 
 app = typer.Typer(
@@ -259,7 +260,8 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of ``fallow``."""
-    sys.exit(run_command(app))
+    hasten_imports()
+    end_process(run_command(app))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ from multiprocessing.context import ForkServerContext
 
 from common.forks import fork_server
 
-_NEEDED = ["client.app", "common.tracing", "server.cli"]
-"""The last is what a worker finds as its main module when `fallow` is called."""
-
 
 def prepare() -> ForkServerContext:
     """Start that process, if it does not run yet, and return the context that forks it."""
-    return fork_server(_NEEDED)
+    return fork_server(["server.preloaded"])

@@ -80,8 +80,10 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
+        from common.garbage import end_process
+
         print(json.dumps(measured(json.loads(options.side))))
-        return
+        end_process(0)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(options.data) if options.data else random_images(Path(folder))
@@ -221,13 +223,16 @@ def timed(command: list[str], **environment: str) -> dict[str, Any]:
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
     """Play the rounds of a task on its engine, in this process."""
+    from common.garbage import hasten_imports
+
+    hasten_imports()  # as `fallow simulate` does with either engine
     if task["engine"] == "inline":
         from server.workers import prepare
 
-        prepare()  # as `fallow simulate` does
-    import torch
+        prepare()
+    from common.process import settle
 
-    torch.set_num_threads(1)
+    settle()
     from common.config import Config
     from common.filters import FreeSet
     from common.state import read_state
