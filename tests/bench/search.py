@@ -106,7 +106,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     first = records[cells[0].name]
     own = {change.split("=")[0] for grid in GRIDS.values() for c in grid for change in c.split("+")}
     return {
-        "command": f"python tests/bench/search.py {' '.join(sys.argv[1:])}",
+        "command": f"python tests/bench/search.py {' '.join(without_places(sys.argv[1:]))}",
         "protocol": options.protocol,
         "parts": first["parts"],
         "budget": options.budget,
@@ -116,6 +116,22 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {k: v for k, v in first["settings"].items() if k not in own},
         "versions": first["versions"],
     }
+
+
+def without_places(arguments: list[str]) -> list[str]:
+    """Return a command's arguments without the folders of the machine it ran on."""
+    kept = []
+    given = iter(arguments)
+    for argument in given:
+        flag, equals, _ = argument.partition("=")
+        if flag not in ("--data", "--out", "--results"):
+            kept.append(argument)
+            continue
+        if not equals:
+            next(given, None)
+        if flag == "--data":
+            kept += [flag, "FOLDER"]
+    return kept
 
 
 def table(found: dict[str, Any]) -> str:

@@ -50,7 +50,14 @@ def test_a_search_names_the_best_and_records_all(tmp_path: Path) -> None:
         best = max(row["acc"] for row in method["tried"])
         (named,) = (row for row in method["tried"] if row["variant"] == method["best"])
         assert named["acc"] == best
+    assert str(tmp_path) not in json.dumps(found)
     assert "--methods " + ",".join(m["best"] for m in found["methods"]) in done.stdout
+
+
+def test_a_recorded_command_names_no_folder_of_the_machine(script: ModuleType) -> None:
+    given = ["--data", "/a/b", "--data=/c", "--seeds", "0", "--out", "/d", "--results=/e", "--quick"]
+    kept = ["--data", "FOLDER", "--data", "FOLDER", "--seeds", "0", "--quick"]
+    assert script.without_places(given) == kept
 
 
 def test_a_method_without_candidates_is_refused(tmp_path: Path) -> None:
