@@ -55,7 +55,17 @@ def test_a_search_names_the_best_and_records_all(tmp_path: Path) -> None:
 
 
 def test_a_recorded_command_names_no_folder_of_the_machine(script: ModuleType) -> None:
-    given = ["--data", "/a/b", "--data=/c", "--seeds", "0", "--out", "/d", "--results=/e", "--quick"]
+    given = [
+        "--data",
+        "/a/b",
+        "--data=/c",
+        "--seeds",
+        "0",
+        "--out",
+        "/d",
+        "--results=/e",
+        "--quick",
+    ]
     kept = ["--data", "FOLDER", "--data", "FOLDER", "--seeds", "0", "--quick"]
     assert script.without_places(given) == kept
 
