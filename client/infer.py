@@ -160,11 +160,6 @@ def _fit_array(array: NDArray[np.uint8], size: int | None, channels: int) -> NDA
     return fit_image(picture, size=size, channels=channels)
 
 
-def predict_files(model: Path, images: Sequence[Path]) -> list[Prediction]:
-    """Classify image files with a model file, in order; DataError names what is unusable."""
-    return Classifier.load(model).classify_many(images)
-
-
 def infer_lines(
     model: Path, images: Sequence[Path], *, top: int = 1, as_json: bool = False
 ) -> list[str]:

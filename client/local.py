@@ -9,6 +9,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ from common.distill import class_log_shares
 from common.errors import NetError, UpdateError
 from common.experts import expert_layout
 from common.features import ClosedFormNet, Discriminant, Scores, class_sums, feature_size
-from common.filters import FilterGraph, cut
+from common.filters import FilterGraph, FreeSet, cut
 from common.gate import stem_conv, stem_moments
 from common.importance import sensitivity, taylor
 from common.layout import (
@@ -116,7 +117,6 @@ def carry_out(
     """
     began = time.monotonic()
     template, graph = net_and_graph(order.net)
-    once = WORKSHOP.once
     if graph.digest != order.graph:
         raise UpdateError(
             f"the net '{order.net.name}' has filter graph {graph.digest[:12]} here, the server "
@@ -125,83 +125,40 @@ def carry_out(
     trained_on, heldout = data.split(order)
     if len(trained_on) < 2:
         return Report(device=data.device, declined=f"{len(trained_on)} training image(s)"), None
-    free = order.free_set()
-    if order.scope == "expert":
-        whole = template
-        template = once(("trunk", order.net, free.digest), lambda: cut(whole, graph, free))
-    if order.peers > 1:
-        one = template
-        template = once(("peers", order.net, order.peers), lambda: Peers(one, order.peers))
-    base = _resolve_base(order, arrays.base, template, graph, bases)
-    if base is None:
-        return Report(device=data.device, declined=NEEDS_BASE), None
-    extras = extras_of(order, arrays, graph, base, bases)
-    if extras is None:
-        return Report(device=data.device, declined=NEEDS_BASE), None
-    phase = (order.net, order.base, order.scope, order.phase, free.digest, order.expert_share)
-    others = (order.peers, as_free_set(order.spare).digest)
-    layout, packed_base = once(
-        (*phase, *others), lambda: _layout_and_base(order, template, graph, base)
-    )
-    if order.layout is not None and layout.digest != order.layout:
-        raise UpdateError(
-            f"layout {layout.digest[:12]} here, {order.layout[:12]} at the server: scope or "
-            "free set differ"
-        )
-    start = received(order, arrays, packed_base, layout, bases)
-    if start is None:
-        return Report(device=data.device, declined=NEEDS_VALUES), None
-    current = base if start is packed_base else layout.unpack(base, start)
+    task = _Task.of(order, arrays, template, graph, bases)
+    if isinstance(task, str):
+        return Report(device=data.device, declined=task), None
 
     normalisation = Normalisation(order.net.mean, order.net.std)
     held = Labelled.of(heldout, normalisation)
     own = Labelled.of(trained_on, normalisation)
+    current = task.current
     if order.phase in ("consolidate", "judge"):
         progress = 1.0 if order.phase == "judge" else order.anneal[0]
-        current = off_state(current, graph, free, scale_factor(progress, order.anneal[2]))
+        current = off_state(current, graph, task.free, scale_factor(progress, order.anneal[2]))
     if order.keep is not None and bases.get(order.keep) is None:
         bases.put(current)
 
-    student = WORKSHOP.net("student", template, current, accelerator)
-    teacher = _first(WORKSHOP.net("teacher", template, base, accelerator, order.base))
+    student = WORKSHOP.net("student", task.template, current, accelerator)
+    teacher = _first(WORKSHOP.net("teacher", task.template, task.base, accelerator, order.base))
     prior_right = _right(teacher, held, accelerator)
     rights = [_right(net, held, accelerator) for net in _nets(student)]
     right = rights[0]
-    update, loss, rival_right = None, 0.0, 0
-    if extras.rival is not None:
-        rival = _rival(order, teacher, graph, extras.rival).to(accelerator.device)
+    update: np.ndarray | None
+    loss, rival_right = 0.0, 0
+    if task.extras.rival is not None:
+        rival = _rival(order, teacher, graph, task.extras.rival).to(accelerator.device)
         with_rival = _right(rival, held, accelerator)
         if order.phase == "advise":  # the model with its opinion, beside the model without
             right = with_rival
         else:
             rival_right = int(with_rival.sum())
-    if order.phase == "look":
-        update = _seen(order, student, graph, own, accelerator)
-    elif order.phase == "tally":
-        update = _class_sums(order, _slim(order, student, graph), graph, own, accelerator)
-    elif order.phase == "weigh":
-        update = _scores(student, graph, own, order.batch)
-        update = update if order.codec_up == "fp32" else encode_scores(update)
-    elif order.phase == "anchor":
-        rng = torch_rng("anchor", order.run, order.step, data.device)
-        update = importances(student, graph, own, order.importance, rng)
-        update = update if order.codec_up == "fp32" else encode_scores(update)
-    elif order.phase not in ("judge", "advise"):
-        loss = _train(
-            order,
-            student,
-            teacher,
-            graph,
-            layout,
-            base,
-            own,
-            extras,
-            data.device,
-            accelerator,
-            check,
-        )
-        trained = layout.pack(student.state_dict())
-        update = packed_update(order, start, trained, layout, data.device, bases, privacy)
+    if order.phase in ("grow", "consolidate"):
+        loss = _train(task, student, teacher, own, data.device, accelerator, check)
+        trained = task.layout.pack(student.state_dict())
+        update = packed_update(order, task.start, trained, task.layout, data.device, bases, privacy)
+    else:
+        update = _measured(task, student, own, data.device, accelerator)
     return (
         Report(
             device=data.device,
@@ -211,8 +168,8 @@ def carry_out(
             attempt=order.attempt,
             round=order.round,
             base=order.base,
-            free_digest=free.digest,
-            layout=layout.digest,
+            free_digest=task.free.digest,
+            layout=task.layout.digest,
             images=len(own),
             class_counts=torch.bincount(own.y, minlength=order.net.classes).tolist(),
             heldout=len(held),
@@ -226,6 +183,66 @@ def carry_out(
         ),
         update,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """An order with all that it refers to.
+
+    Attributes
+    ----------
+    template : nn.Module
+        The net that is trained, whatever its weights: whole, an expert's or peers.
+    graph : FilterGraph
+        Of the whole net.
+    base, current : State
+        The model that the order is relative to, and the one that the round begins with.
+    layout : Layout
+        What is trained; `start` holds its values in `current`.
+    """
+
+    order: Order
+    template: nn.Module
+    graph: FilterGraph
+    free: FreeSet
+    base: State
+    extras: Extras
+    layout: Layout
+    start: np.ndarray
+    current: State
+
+    @classmethod
+    def of(
+        cls, order: Order, arrays: Arrays, template: nn.Module, graph: FilterGraph, bases: Bases
+    ) -> _Task | str:
+        """Return what an order refers to, or what this device lacks of it."""
+        once, free, whole = WORKSHOP.once, order.free_set(), template
+        if order.scope == "expert":
+            template = once(("trunk", order.net, free.digest), lambda: cut(whole, graph, free))
+        if order.peers > 1:
+            one = template
+            template = once(("peers", order.net, order.peers), lambda: Peers(one, order.peers))
+        base = _resolve_base(order, arrays.base, template, graph, bases)
+        if base is None:
+            return NEEDS_BASE
+        extras = extras_of(order, arrays, graph, base, bases)
+        if extras is None:
+            return NEEDS_BASE
+        phase = (order.net, order.base, order.scope, order.phase, free.digest, order.expert_share)
+        others = (order.peers, as_free_set(order.spare).digest)
+        layout, packed_base = once(
+            (*phase, *others), lambda: _layout_and_base(order, template, graph, base)
+        )
+        if order.layout is not None and layout.digest != order.layout:
+            raise UpdateError(
+                f"layout {layout.digest[:12]} here, {order.layout[:12]} at the server: scope or "
+                "free set differ"
+            )
+        start = received(order, arrays, packed_base, layout, bases)
+        if start is None:
+            return NEEDS_VALUES
+        current = base if start is packed_base else layout.unpack(base, start)
+        return cls(order, template, graph, free, base, extras, layout, start, current)
 
 
 @functools.lru_cache(maxsize=4)
@@ -312,18 +329,17 @@ def _right(net: nn.Module, data: Labelled, accelerator: Accelerator) -> torch.Te
 
 
 def _train(
-    order: Order,
+    task: _Task,
     student: nn.Module,
     base_net: nn.Module,
-    graph: FilterGraph,
-    layout: Layout,
-    base: State,
     data: Labelled,
-    extras: Extras,
     device: str,
     accelerator: Accelerator,
     check: Callable[[float], None] | None,
 ) -> float:
+    """Train `student` as the order says, in place; return the last epoch's mean loss."""
+    order, graph, layout = task.order, task.graph, task.layout
+    base, extras = task.base, task.extras
     recipe = Recipe(
         epochs=order.epochs,
         batch=order.batch,
@@ -449,6 +465,25 @@ def _twin(
     except NetError as reason:  # also: kept filters read freed ones that were not regrown
         _LOG.warning("trained by masks, which costs more: %s", reason)
         return None
+
+
+def _measured(
+    task: _Task, net: nn.Module, data: Labelled, device: str, accelerator: Accelerator
+) -> np.ndarray | None:
+    """Return what an order that does not train asks for, packed; None if counts are all."""
+    order, graph = task.order, task.graph
+    if order.phase == "look":
+        return _seen(order, net, graph, data, accelerator)
+    if order.phase == "tally":
+        return _class_sums(order, _slim(order, net, graph), graph, data, accelerator)
+    if order.phase == "weigh":
+        values = _scores(net, graph, data, order.batch)
+    elif order.phase == "anchor":
+        rng = torch_rng("anchor", order.run, order.step, device)
+        values = importances(net, graph, data, order.importance, rng)
+    else:
+        return None
+    return values if order.codec_up == "fp32" else encode_scores(values)
 
 
 def _seen(

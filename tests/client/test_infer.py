@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from client.infer import Classifier, infer_lines, predict_files
+from client.infer import Classifier, infer_lines
 from common.data.normalise import Normalisation
 from common.errors import DataError
 from server.export import export_onnx
@@ -81,7 +81,7 @@ def test_png_files_get_the_classes_that_torch_gives_them(
     files = [tmp_path / f"{i}.png" for i in range(20)]
     for image, file in zip(images, files, strict=True):
         Image.fromarray(image).save(file)
-    predictions = predict_files(model, files)
+    predictions = Classifier.load(model).classify_many(files)
     assert len({p.label for p in predictions}) > 1
     for image, prediction in zip(images, predictions, strict=True):
         probabilities = expected(net, image)
@@ -119,7 +119,7 @@ def test_any_mode_of_image_is_brought_to_colour(
     Image.fromarray(pixels(16, 16, 3)).convert(mode).save(file)
     with Image.open(file) as image:
         seen = np.asarray(image.convert("RGB"))  # no pixel is transparent
-    (prediction,) = predict_files(model, [file])
+    (prediction,) = Classifier.load(model).classify_many([file])
     np.testing.assert_allclose(prediction.probabilities, expected(net, seen), atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_photo_that_the_camera_marked_as_turned_is_turned_back(
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
     turned.save(tmp_path / "photo.png", exif=exif)
-    (prediction,) = predict_files(model, [tmp_path / "photo.png"])
+    (prediction,) = Classifier.load(model).classify_many([tmp_path / "photo.png"])
     np.testing.assert_allclose(prediction.probabilities, expected(net, upright), atol=1e-5)
 
 
@@ -186,8 +186,9 @@ def test_lines_of_json_can_be_parsed_one_by_one(
     for i, file in enumerate(files):
         Image.fromarray(pixels(16, 16, 3, seed=i)).save(file)
     lines = [json.loads(line) for line in infer_lines(colour[0], files, top=3, as_json=True)]
+    classified = Classifier.load(colour[0]).classify_many(files)
     assert [line["image"] for line in lines] == [str(f) for f in files]
-    for line, prediction in zip(lines, predict_files(colour[0], files), strict=True):
+    for line, prediction in zip(lines, classified, strict=True):
         assert line["label"] == prediction.label
         assert line["top"][0] == {
             "label": prediction.label,
