@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.options import AsJson, Store
+from common.garbage import settle_imports
 
 if TYPE_CHECKING:
     from client.collect import Collector, Taken
@@ -123,6 +124,7 @@ def watch(
         settled = 0.0 if once else SETTLED_SECONDS
         watched = Watch(collector, folder, source, remove, settled)
         if not once:
+            settle_imports()
             watch_for_ever(watched, tell, interval)
         for path, result in watched.poll():
             tell(path, result)
@@ -148,6 +150,7 @@ def serve(
     if port is None:
         socket = socket or store / "collect.sock"
     with _collector(store, model, labelling=True) as collector:
+        settle_imports()
         serve_for_ever(collector, socket, port, typer.echo, time.sleep)
 
 
