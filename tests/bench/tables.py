@@ -31,6 +31,10 @@ ABLATIONS = (
     "random-mask,no-rotations,no-gate,no-reinit,no-distillation,no-calibration,no-consolidation,"
     "rows,group,all"
 )
+OFF_BY_DEFAULT = (
+    "kept-moves,kept-moves-free,widening,peers,synthetic-distillation,synthetic-replay,free-last,"
+    "reserve"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ STREAMS = {
     "instance-2": Table(
         "**Same classes, same world** (CIFAR-10, a prior of 5,000 images and 5,000 new ones)",
         *("cifar", "instance", 2),
-        f"{BASELINES},{ABLATIONS},statistics,no-statistics,fallow,joint,central",
+        f"{BASELINES},{ABLATIONS},{OFF_BY_DEFAULT},statistics,no-statistics,fallow,joint,central",
     ),
     "instance-2-bytes": Table(
         "**The same at equal bytes**: as many rounds as what fallow sends allows",
