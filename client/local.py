@@ -132,6 +132,8 @@ def carry_out(
     normalisation = Normalisation(order.net.mean, order.net.std)
     held = Labelled.of(heldout, normalisation)
     own = Labelled.of(trained_on, normalisation)
+    if order.phase == "look" and order.rival is not None:
+        held = held + own  # nobody has learnt from any of them yet, and few say little
     current = task.current
     if order.phase in ("consolidate", "judge"):
         progress = 1.0 if order.phase == "judge" else order.anneal[0]

@@ -263,6 +263,11 @@ class Config(BaseModel):
         description="weight of class statistics beside an expert's classifier, half of it beside "
         "the whole net's; 0: not gathered",
     )
+    statistics_gap: Share = Field(
+        0.05,
+        description="how much more of the new images the prior's class statistics must get right "
+        "than the prior itself for a step to be learnt by them alone; 1: never",
+    )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"
     )
@@ -514,6 +519,7 @@ NOT_THE_RESULT = {
 }
 
 LATER = (
+    "statistics_gap",
     "expert_gap",
     "drop_errors",
     "validate_share",

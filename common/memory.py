@@ -55,9 +55,9 @@ class Memory:
     weight : float
         Of such statistics beside a net's own classifier.
     rival : ClassSums or None
-        `classes` with those of the step's images, while the step grows an expert: a classifier
-        made of them is what the expert is held against. Or what is to be the `opinion`, while the
-        devices measure it.
+        `classes` while a step's images are looked at: a classifier made of them is what the prior
+        is held against. With those of the step's images, while the step grows an expert, which is
+        held against it. Or what is to be the `opinion`, while the devices measure it.
     opinion : ClassSums or None
         Of the newest images, as the whole net sees them that was trained on them (deviations and
         the classifier's input): a second opinion beside its own classifier.
@@ -118,7 +118,10 @@ class Memory:
         kinds |= {f"beside.{number}": sums for number, sums in enumerate(self.beside)}
         for kind, sums in kinds.items():
             if sums is not None:
-                state |= {f"{kind}.{k}": torch.from_numpy(v) for k, v in vars(sums).items()}
+                parts = {f"{kind}.{k}": torch.from_numpy(v) for k, v in vars(sums).items()}
+                # the file's format refuses tensors that share memory
+                again = kind == "rival" and sums is self.classes
+                state |= {k: v.clone() for k, v in parts.items()} if again else parts
         return state
 
     @classmethod

@@ -34,6 +34,9 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
             return _begin_expert(plan, state, replace(memory, rival=sums), outcome)
         return _learn_classes(plan, state, memory, sums, outcome.class_counts, math.nan)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
+    better = memory.rival is not None and _statistics_suffice(plan, outcome)
+    memory = replace(memory, rival=None)
+    state = replace(state, memory=memory)
     new_classes = set(present) - set(memory.known)
     alone = plan.config.shift == "statistics" or memory.by_statistics
     by_statistics = replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
@@ -43,6 +46,8 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
     nearest, gap = _nearest(plan, memory, seen, state.step)
     world = nearest if gap < plan.config.world_gap else len(memory.worlds)
+    if world == 0 and memory.plain and better:
+        return by_statistics
     if world == 0 and memory.plain:
         growing = begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
@@ -99,6 +104,16 @@ def _nearest(plan: Plan, memory: Memory, seen: Moments, step: int) -> tuple[int,
         gaps[0] = separation_by_channel(memory.worlds[0], seen)
     nearest = int(np.argmin(gaps))
     return nearest, gaps[nearest]
+
+
+def _statistics_suffice(plan: Plan, outcome: Outcome) -> bool:
+    """Return whether a classifier of the prior's class statistics is so far ahead of the prior.
+
+    Neither has seen an image like these. Where data is scarce or simple the statistics of the
+    kept filters say far more than a few rounds of training would teach.
+    """
+    ahead = outcome.rival_right - outcome.prior_right
+    return ahead > plan.config.statistics_gap * outcome.heldout
 
 
 def _prior(outcome: Outcome) -> float:

@@ -178,7 +178,8 @@ class RunState:
         Each with its digest; they hold it for as long as it stays the same.
         """
         rival, memory = None, self.memory
-        if self.phase in ("tally", "advise") and memory is not None and memory.rival is not None:
+        comparing = self.phase in ("look", "tally", "advise")
+        if comparing and memory is not None and memory.rival is not None:
             most = memory.most if self.phase == "advise" else 0
             size = memory.rival.sums.shape[1]
             rival = memory.rival.discriminant(memory.head, most).pack(size)
@@ -207,7 +208,7 @@ class Outcome:
     peer_right : tuple of int
         `right` of every peer.
     rival_right : int
-        tally: held-out images that the rival classifier gets right.
+        look, tally: held-out images that the rival classifier gets right.
     sums : float64 array or None
         look: sum of the devices' packed statistics. anchor: mean of their importances.
     """

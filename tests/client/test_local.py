@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.data import ImageSet, Normalisation, open_source, split_holdout
 from common.errors import UpdateError
 from common.features import ClosedFormNet, Scores, class_sums
 from common.filters import FilterGraph, FreeSet, cut, freed_index
+from common.gate import stem_conv
 from common.importance import bn_scale, choose, sensitivity, taylor
 from common.layout import Layout, consolidation_layout, dense_layout, scope_layout
 from common.order import NEEDS_BASE, NetSpec, Order, Regrown, Report, Teaching, as_channels
@@ -508,6 +510,36 @@ def test_an_opinion_is_gathered_of_the_slim_model_and_measured_beside_it(
     assert report.prior_right == int((predict(slim, x.x).argmax(1) == x.y).sum())
     assert report.right == int((predict(both, x.x).argmax(1) == x.y).sum()) > report.prior_right
     assert report.rival_right == 0
+
+
+def test_a_look_holds_the_prior_against_statistics_on_all_images(
+    world: World, do: Do, images: ImageSet
+) -> None:
+    net, graph = net_and_graph(SPEC)
+    write_state(net, world.prior)
+    slim = cut(net.eval(), graph, world.free)
+    data = Labelled.of(images, Normalisation(SPEC.mean, SPEC.std))
+    classifier = class_sums(slim, graph.head, data.x, data.y, 10).discriminant()
+    sent = classifier.pack(len(classifier.chosen))
+    stem = stem_conv(slim).weight.detach().numpy().astype("<f4").tobytes()
+    asked = world.order("look").model_copy(
+        update={
+            "base": state_digest(world.prior),
+            "regrown": None,
+            "free": as_channels(world.free),
+            "layout": None,
+            "stem": base64.b64encode(stem).decode(),
+            "rival": state_digest({"rival": torch.from_numpy(sent)}),
+        }
+    )
+    report, _ = do(asked, Arrays(rival=sent))
+    closed = ClosedFormNet(slim, graph.head, Scores(classifier)).eval()
+    assert report.heldout == len(images)
+    assert report.prior_right == int((predict(slim, data.x).argmax(1) == data.y).sum())
+    assert report.rival_right == int((predict(closed, data.x).argmax(1) == data.y).sum())
+    assert report.rival_right > report.prior_right
+    alone, _ = do(asked.model_copy(update={"rival": None}))
+    assert (alone.heldout, alone.rival_right) == (len(split_holdout(images, asked.heldout)[1]), 0)
 
 
 def test_only_what_is_to_be_kept_is_kept(world: World, do: Do, bases: Bases) -> None:

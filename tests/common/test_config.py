@@ -36,6 +36,7 @@ OTHERS: dict[str, Any] = {
     "accept_drop": 0.01,
     "perturb_keep": 0.5,
     "world_gap": 0.9,
+    "statistics_gap": 0.1,
     "expert_gap": 0.99,
     "expert_share": 0.1,
     "kept_lr": 0.1,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from fake_grid import SPEC, freed_prior, make_plan
 
@@ -56,13 +58,19 @@ def counts(classes: int) -> tuple[int, ...]:
     return tuple(20 if c < classes else 0 for c in range(CLASSES))
 
 
-def looked(plan: Plan, state: RunState, shift: float = 0.0, classes: int = CLASSES) -> RunState:
+def looked(
+    plan: Plan,
+    state: RunState,
+    shift: float = 0.0,
+    classes: int = CLASSES,
+    rival_right: int = 0,
+) -> RunState:
     """What devices whose images are brighter by `shift` make of the first look."""
     assert state.memory is not None
     stem = stem_conv(trunk_of(plan.net, plan.graph, state.prior, state.free), state.memory.stem)
     seen = stem_moments(stem, x_of(images(seed=1), shift)).pack()
     assert seen.shape == (statistics_size(plan, state),)
-    state = advance(plan, state, told(seen, classes))
+    state = advance(plan, state, told(seen, classes, rival_right=rival_right))
     if state.way == "expert" and state.phase == "look":
         assert (state.round, order_of(plan, state).by_class) == (1, True)
         state = advance(plan, state, told(some_sums(plan, state)))
@@ -135,6 +143,45 @@ def test_images_like_the_priors_are_learnt_by_the_whole_net(plan: Plan) -> None:
     assert state.seen is not None
     order = order_of(plan, state)
     assert (order.scope, order.regrown is None) == (plan.config.scope, False)
+
+
+@pytest.mark.parametrize(("rival_right", "way"), [(55, "whole"), (56, "classes")])
+def test_statistics_far_ahead_of_the_prior_learn_like_images_alone(
+    plan: Plan, rival_right: int, way: str
+) -> None:
+    state = begin(plan)
+    known = memory_of(state).classes
+    assert memory_of(state).rival is known
+    assert order_of(plan, state).rival == state.extras["rival"][0]
+    state = looked(plan, state, rival_right=rival_right)  # the prior has 50 of 100
+    assert (state.way, memory_of(state).rival) == (way, None)
+    if way == "classes":
+        assert order_of(plan, state).by_class
+        assert order_of(plan, state).rival is None
+        state = advance(plan, state, told(some_sums(plan, state)))
+        learnt = memory_of(state).classes
+        assert known is not None
+        assert learnt is not None
+        assert learnt.counts.sum() == known.counts.sum() + 90
+        assert [outcome.way for outcome in state.finished] == ["classes"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"statistics_gap": 1.0},
+        {"opinion_weight": 0.0},
+        {"scope": "rows"},
+        {"shift": "statistics"},
+    ],
+)
+def test_the_prior_is_not_held_against_statistics_where_that_is_not_wanted(
+    settings: dict[str, Any],
+) -> None:
+    plan = make_plan(**settings)
+    state = begin(plan)
+    assert memory_of(state).rival is None
+    assert order_of(plan, state).rival is None
 
 
 def test_images_of_another_world_are_learnt_by_an_expert(plan: Plan) -> None:
@@ -493,8 +540,10 @@ def test_a_brought_priors_world_is_guessed_and_said(plan: Plan) -> None:
 
 def test_a_memory_is_read_back_as_it_was_written(plan: Plan) -> None:
     memory = memory_of(tallied(plan, grown(plan, begin(plan), 2.0)))
-    for one in (memory, replace(memory, beside=(None,), classes=None, head="ncm", layers="last")):
+    other = replace(memory, beside=(None,), classes=None, head="ncm", layers="last")
+    for one in (memory, other, replace(memory, rival=memory.classes)):
         state: State = one.as_state()
+        assert safetensors.torch.save(state)  # no two share memory
         back = Memory.from_state(state)
         assert state_digest(back.as_state()) == state_digest(state)
         assert (back.head, back.layers, back.most) == (one.head, one.layers, one.most)
