@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "prior-size": 300,
     "alpha": 1.0,
     "prior-epochs": 10,
+    "statistics-gap": 1,
     "freeing-epochs": 4,
     "rounds": 5,
     "epochs": 1,

@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
     "rounds": 1,
     "epochs": 1,
     "prior_epochs": 3,
+    "statistics_gap": 1.0,  # a prior so little trained falls behind its statistics
     "freeing_epochs": 2,
     "max_drop": 0.5,
     "consolidate_rounds": 1,
@@ -39,6 +40,7 @@ def quiet(text: str) -> None:
 
 
 SMALL = ["rounds=1", "epochs=1", "prior-epochs=3", "freeing-epochs=2", "devices=2"]
+SMALL += ["statistics-gap=1"]
 
 
 def bench(out: Path, protocol: str, methods: str, *options: str) -> dict[str, Any]:

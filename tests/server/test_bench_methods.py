@@ -33,6 +33,7 @@ TINY: dict[str, Any] = {
     "rounds": 2,
     "epochs": 1,
     "prior_epochs": 3,
+    "statistics_gap": 1.0,  # a prior so little trained falls behind its statistics
     "freeing_epochs": 2,
     "max_drop": 0.5,
 }

@@ -440,6 +440,7 @@ FEW: dict[str, Any] = {
     "width": 8,
     "rounds": 3,
     "prior_epochs": 15,
+    "statistics_gap": 1.0,  # a prior so little trained falls behind its statistics
     "freeing": "prior",
     "freeing_epochs": 6,
     "max_drop": 1.0,

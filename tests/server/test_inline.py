@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "prior-size": 120,
     "part-size": 120,
     "prior-epochs": 2,
+    "statistics-gap": 1,  # a prior so little trained falls behind its statistics
     "freeing-epochs": 1,
     "rounds": 2,
     "epochs": 1,

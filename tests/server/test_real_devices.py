@@ -25,6 +25,7 @@ TINY = {
     "rounds": "1",
     "prior-size": "150",
     "prior-epochs": "3",
+    "statistics-gap": "1",  # a prior so little trained falls behind its statistics
     "freeing-epochs": "2",
     "consolidate-rounds": "1",
     "max-drop": "1.0",

@@ -45,6 +45,7 @@ QUICK: dict[str, Any] = {
     "part-size": 150,
     "partition": "iid",
     "prior-epochs": 4,
+    "statistics-gap": 1,  # a prior so little trained falls behind its statistics
     "freeing-epochs": 2,
     "rounds": 2,
     "epochs": 1,
@@ -104,6 +105,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     play(quick(), out)
     return out
+
+
+def test_a_prior_far_behind_its_statistics_learns_by_them_alone(tmp_path: Path) -> None:
+    play(quick(statistics_gap=0.05), tmp_path / "out")
+    assert [line["phase"] for line in lines(tmp_path / "out")] == ["look", "look"]
+    (step,) = summary_of(tmp_path / "out")["steps"]
+    assert (step["way"], step["accepted"]) == ("classes", True)
+    assert step["slim_accuracy"] > step["prior_accuracy"] + 0.05
 
 
 def light(

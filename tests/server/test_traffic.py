@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "steps": 1,
     "prior-size": 200,
     "prior-epochs": 4,
+    "statistics-gap": 1,  # a prior so little trained falls behind its statistics
     "freeing-epochs": 2,
     "rounds": 2,
     "epochs": 1,

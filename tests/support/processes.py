@@ -26,6 +26,7 @@ TINY = {
     "steps": "1",
     "rounds": "2",
     "prior-epochs": "3",
+    "statistics-gap": "1",  # a prior so little trained falls behind its statistics
     "freeing-epochs": "2",
     "consolidate-rounds": "2",
     "max-drop": "1.0",
