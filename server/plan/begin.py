@@ -44,13 +44,13 @@ def begin_step(
         left = carried.spare if carried.learnt or free.empty else union(free, carried.spare)
         free, carried = FreeSet({}), replace(carried, spare=left, learnt=False)
     if memory is not None:
-        if weighs_statistics(plan, memory):
+        if _weighs_statistics(plan, memory):
             memory = replace(memory, rival=memory.classes)
         return measuring(plan, step, "look", prior, free, finished, memory, carried)
     return begin_growing(plan, step, prior, free, finished, carried)
 
 
-def weighs_statistics(plan: Plan, memory: Memory) -> bool:
+def _weighs_statistics(plan: Plan, memory: Memory) -> bool:
     """Return whether the look at a step's images compares the prior with its class statistics.
 
     Not where experts or statistics answer already, nor where little is to travel.
