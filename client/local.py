@@ -8,7 +8,7 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -132,8 +132,8 @@ def carry_out(
     normalisation = Normalisation(order.net.mean, order.net.std)
     held = Labelled.of(heldout, normalisation)
     own = Labelled.of(trained_on, normalisation)
-    if order.phase == "look" and order.rival is not None:
-        held = held + own  # nobody has learnt from any of them yet, and few say little
+    # Before a step nobody has learnt from any of its images, and few say little.
+    unseen = (held, own) if order.phase == "look" and order.rival is not None else (held,)
     current = task.current
     if order.phase in ("consolidate", "judge"):
         progress = 1.0 if order.phase == "judge" else order.anneal[0]
@@ -143,14 +143,17 @@ def carry_out(
 
     student = WORKSHOP.net("student", task.template, current, accelerator)
     teacher = _first(WORKSHOP.net("teacher", task.template, task.base, accelerator, order.base))
-    prior_right = _right(teacher, held, accelerator)
-    rights = [_right(net, held, accelerator) for net in _nets(student)]
+    prior_right = _right(teacher, unseen, accelerator)
+    if current is task.base and order.peers == 1:  # the very same net
+        rights = [prior_right]
+    else:
+        rights = [_right(net, unseen, accelerator) for net in _nets(student)]
     right = rights[0]
     update: np.ndarray | None
     loss, rival_right = 0.0, 0
     if task.extras.rival is not None:
         rival = _rival(order, teacher, graph, task.extras.rival).to(accelerator.device)
-        with_rival = _right(rival, held, accelerator)
+        with_rival = _right(rival, unseen, accelerator)
         if order.phase == "advise":  # the model with its opinion, beside the model without
             right = with_rival
         else:
@@ -174,7 +177,7 @@ def carry_out(
             layout=task.layout.digest,
             images=len(own),
             class_counts=torch.bincount(own.y, minlength=order.net.classes).tolist(),
-            heldout=len(held),
+            heldout=len(prior_right),
             right=int(right.sum()),
             rival_right=rival_right,
             peer_right=[int(each.sum()) for each in rights] if len(rights) > 1 else [],
@@ -324,10 +327,13 @@ def _first(net: nn.Module) -> nn.Module:
     return _nets(net)[0]
 
 
-def _right(net: nn.Module, data: Labelled, accelerator: Accelerator) -> torch.Tensor:
-    if not len(data):
-        return torch.zeros(0, dtype=torch.bool)
-    return predict(net, data.x, accelerator=accelerator).argmax(1) == data.y
+def _right(net: nn.Module, parts: Iterable[Labelled], accelerator: Accelerator) -> torch.Tensor:
+    """Return which images of all parts `net` gets right, bool [N]."""
+    found = [torch.zeros(0, dtype=torch.bool)]
+    for part in parts:
+        if len(part):
+            found.append(predict(net, part.x, accelerator=accelerator).argmax(1) == part.y)
+    return torch.cat(found)
 
 
 def _train(

@@ -62,9 +62,6 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.y)
 
-    def __add__(self, other: Labelled) -> Labelled:
-        return Labelled(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]))
-
 
 @dataclass(frozen=True)
 class Trained:

@@ -34,7 +34,6 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
             return _begin_expert(plan, state, replace(memory, rival=sums), outcome)
         return _learn_classes(plan, state, memory, sums, outcome.class_counts, math.nan)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
-    better = memory.rival is not None and _statistics_suffice(plan, outcome)
     memory = replace(memory, rival=None)
     state = replace(state, memory=memory)
     new_classes = set(present) - set(memory.known)
@@ -46,9 +45,9 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
     nearest, gap = _nearest(plan, memory, seen, state.step)
     world = nearest if gap < plan.config.world_gap else len(memory.worlds)
-    if world == 0 and memory.plain and better:
-        return by_statistics
     if world == 0 and memory.plain:
+        if _statistics_suffice(plan, outcome):
+            return by_statistics
         growing = begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
         )
@@ -109,6 +108,7 @@ def _nearest(plan: Plan, memory: Memory, seen: Moments, step: int) -> tuple[int,
 def _statistics_suffice(plan: Plan, outcome: Outcome) -> bool:
     """Return whether a classifier of the prior's class statistics is so far ahead of the prior.
 
+    It gets no image right where it was not sent.
     Neither has seen an image like these. Where data is scarce or simple the statistics of the
     kept filters say far more than a few rounds of training would teach.
     """
