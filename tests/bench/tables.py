@@ -85,7 +85,7 @@ STREAMS = {
     "instance-5": Table(
         "**Four steps in a row** (CIFAR-10, 2,500 new images each)",
         *("cifar", "instance", 5),
-        f"{BASELINES},fallow,joint",
+        f"{BASELINES},statistics,fallow,joint",
         ("--part-size=2500",),
     ),
     "domain-2": Table(
