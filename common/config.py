@@ -268,6 +268,12 @@ class Config(BaseModel):
         description="how much more of the new images the prior's class statistics must get right "
         "than the prior itself for a step to be learnt by them alone; 1: never",
     )
+    statistics_images: int = Field(
+        300,
+        ge=0,
+        description="training images a class, over all devices, below which a step is learnt by "
+        "them alone wherever they get no fewer right than the prior",
+    )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"
     )
@@ -520,6 +526,7 @@ NOT_THE_RESULT = {
 
 LATER = (
     "statistics_gap",
+    "statistics_images",
     "expert_gap",
     "drop_errors",
     "validate_share",

@@ -34,7 +34,7 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
             return _begin_expert(plan, state, replace(memory, rival=sums), outcome)
         return _learn_classes(plan, state, memory, sums, outcome.class_counts, math.nan)
     seen = Moments.unpack(outcome.sums, len(memory.worlds[0].total))
-    memory = replace(memory, rival=None)
+    weighed, memory = memory.rival is not None, replace(memory, rival=None)
     state = replace(state, memory=memory)
     new_classes = set(present) - set(memory.known)
     alone = plan.config.shift == "statistics" or memory.by_statistics
@@ -46,7 +46,7 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     nearest, gap = _nearest(plan, memory, seen, state.step)
     world = nearest if gap < plan.config.world_gap else len(memory.worlds)
     if world == 0 and memory.plain:
-        if _statistics_suffice(plan, outcome):
+        if weighed and _statistics_suffice(plan, outcome):
             return by_statistics
         growing = begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
@@ -106,14 +106,17 @@ def _nearest(plan: Plan, memory: Memory, seen: Moments, step: int) -> tuple[int,
 
 
 def _statistics_suffice(plan: Plan, outcome: Outcome) -> bool:
-    """Return whether a classifier of the prior's class statistics is so far ahead of the prior.
+    """Return whether the prior's class statistics will learn more from a step than training.
 
-    It gets no image right where it was not sent.
-    Neither has seen an image like these. Where data is scarce or simple the statistics of the
-    kept filters say far more than a few rounds of training would teach.
+    A classifier made of them has seen as little of the step's images as the prior. Where it is
+    far ahead, data is simple, and the statistics of the kept filters say far more than a few
+    rounds would teach. So they do where images are few: statistics of all images so far add up
+    exactly, while training has the step's alone, and overfits them.
     """
     ahead = outcome.rival_right - outcome.prior_right
-    return ahead > plan.config.statistics_gap * outcome.heldout
+    present = sum(count > 0 for count in outcome.class_counts)
+    few = sum(outcome.class_counts) < plan.config.statistics_images * present
+    return ahead >= 0 if few else ahead > plan.config.statistics_gap * outcome.heldout
 
 
 def _prior(outcome: Outcome) -> float:

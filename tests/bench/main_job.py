@@ -26,6 +26,7 @@ CASES = {
     "four-steps": [
         *("--net", "resnet8", "--width", "32", "--steps", "4", "--devices", "4", "--rounds", "5"),
         *("--prior-size", "300", "--set", "max-drop=0.025", "--set", "accept-drop=0.02"),
+        *("--set", "statistics-images=0"),
     ],
 }
 

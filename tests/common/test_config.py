@@ -37,6 +37,7 @@ OTHERS: dict[str, Any] = {
     "perturb_keep": 0.5,
     "world_gap": 0.9,
     "statistics_gap": 0.1,
+    "statistics_images": 100,
     "expert_gap": 0.99,
     "expert_share": 0.1,
     "kept_lr": 0.1,

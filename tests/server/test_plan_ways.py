@@ -145,10 +145,14 @@ def test_images_like_the_priors_are_learnt_by_the_whole_net(plan: Plan) -> None:
     assert (order.scope, order.regrown is None) == (plan.config.scope, False)
 
 
-@pytest.mark.parametrize(("rival_right", "way"), [(55, "whole"), (56, "classes")])
-def test_statistics_far_ahead_of_the_prior_learn_like_images_alone(
-    plan: Plan, rival_right: int, way: str
+@pytest.mark.parametrize(
+    ("enough", "rival_right", "way"),
+    [(20, 55, "whole"), (20, 56, "classes"), (21, 49, "whole"), (21, 50, "classes")],
+)
+def test_statistics_far_ahead_or_of_few_images_learn_like_images_alone(
+    enough: int, rival_right: int, way: str
 ) -> None:
+    plan = make_plan(statistics_images=enough)  # devices have 20 a class
     state = begin(plan)
     known = memory_of(state).classes
     assert memory_of(state).rival is known
