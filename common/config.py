@@ -142,7 +142,7 @@ class Config(BaseModel):
         description="accepted loss of held-out accuracy by freeing, up to a whole image",
     )
     drop_errors: NotNegative = Field(
-        1.0,
+        2.0,
         description="standard errors of its measurement on the devices that it may be above that",
     )
     freeing_epochs: Count = Field(20, description="epochs of the first freeing, at the server")

@@ -213,6 +213,8 @@ class CheckpointFolder:
             "scores": None if scores is None else {k: v.tolist() for k, v in scores.items()},
             "finished": [_encode_step(outcome) for outcome in state.finished],
             "pending": None if state.pending is None else _encode_step(state.pending),
+            "retry": None if state.retry is None else self._encode(state.retry),
+            "allowed": state.allowed,
             "class_counts": list(state.class_counts),
             "done": state.done,
             "stopped": state.stopped,
@@ -255,6 +257,8 @@ class CheckpointFolder:
             scores=None if scores is None else {k: np.array(v) for k, v in scores.items()},
             finished=tuple(_decode_step(step) for step in value["finished"]),
             pending=_decode_step(value["pending"]) if value.get("pending") else None,
+            retry=self._decode(value["retry"]) if value.get("retry") else None,
+            allowed=value.get("allowed", 0.0),
             class_counts=tuple(value["class_counts"]),
             done=value["done"],
             stopped=value["stopped"],
@@ -313,7 +317,8 @@ class CheckpointFolder:
         except StoreError:
             return set()
         names = ("prior", "base", "values", "shared", "tail", "memory", "seen")
-        named = {state.get(name) for name in (*names, "anchor", "synthetic")}
+        states = [state, state["retry"]] if state.get("retry") else [state]
+        named = {one.get(name) for one in states for name in (*names, "anchor", "synthetic")}
         return {digest for digest in named if digest}
 
 

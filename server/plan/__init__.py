@@ -7,7 +7,8 @@ unless a classifier made of class statistics alone is then measured to be better
 Where nothing has shifted, the step goes ``grow`` (AOD) -> ``weigh`` (is the grown model better,
 which filters matter) -> ``consolidate`` (SST + MSL) -> ``judge`` (is what freeing cost accepted),
 back to ``consolidate`` with a smaller share where it is not. Class statistics of the new model
-then make a second opinion beside its classifier (``tally``), unless that is worse (``advise``).
+then make a second opinion beside its classifier (``tally``), unless that is worse (``advise``);
+a model that freeing cost a little too much is judged again with it.
 Step 0 exists only for a prior whose filters nobody has freed yet; it has no ``grow``.
 
 No function here does I/O or draws a random number, so a checkpoint is the state.

@@ -43,7 +43,6 @@ def end_step(
     gathering = replace(
         state,
         phase="tally",
-        attempt=0,
         round=0,
         prior=model,
         base=model,

@@ -12,6 +12,7 @@ from common.features import ClassSums
 from common.gate import Moments, likened, separation, separation_by_channel
 from common.memory import Memory
 from common.seeds import numpy_rng
+from common.sparsify import Attempt
 from common.state import read_state
 from server.plan.begin import begin_growing
 from server.plan.end import close_step, end_step
@@ -149,13 +150,26 @@ def _with_rival(state: RunState, sums: ClassSums) -> RunState:
 
 
 def after_advise(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
-    """End a step; its model gets the opinion, unless that makes it worse (see `is_worse`)."""
+    """End a step; its model gets the opinion, unless that makes it worse (see `is_worse`).
+
+    A model that had lost too much by freeing is judged again with its opinion, as it would be
+    published: if it still has, the step tries fewer filters.
+    """
     assert state.memory is not None
     assert state.pending is not None
-    worse = is_worse(outcome, plan.config.accept_drop)
+    pending, worse = state.pending, is_worse(outcome, plan.config.accept_drop)
+    if state.retry is not None:
+        *before, tried = pending.attempts
+        drop = tried.drop - (outcome.right - outcome.prior_right) / outcome.heldout
+        if drop > state.allowed:
+            return state.retry
+        attempts = (*before, Attempt(tried.share, drop, accepted=True))
+        pending, worse = replace(pending, attempts=attempts), False
     opinion = state.memory.opinion if worse else state.memory.rival
-    advised = replace(state, memory=replace(state.memory, rival=None, opinion=opinion))
-    return close_step(plan, advised, state.prior, state.free, state.pending)
+    advised = replace(
+        state, memory=replace(state.memory, rival=None, opinion=opinion), retry=None, allowed=0.0
+    )
+    return close_step(plan, advised, state.prior, state.free, pending)
 
 
 def after_expert(

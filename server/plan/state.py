@@ -125,6 +125,10 @@ class RunState:
         Which of the step's peers became the model.
     pending : StepOutcome or None
         What the step came to, while a second opinion for its model is gathered and measured.
+    retry : RunState or None
+        What follows if even with its opinion the model has lost too much by the last freeing.
+    allowed : float
+        How much of the accuracy on held-out images it may have lost, in [0, 1].
     """
 
     step: int
@@ -159,6 +163,8 @@ class RunState:
     peers: int = 1
     best: int = 0
     pending: StepOutcome | None = None
+    retry: RunState | None = None
+    allowed: float = 0.0
 
     @property
     def off(self) -> FreeSet:

@@ -22,7 +22,7 @@ from server.plan.end import end_step
 from server.plan.layouts import current_model, layout_of, scope_of
 from server.plan.shift import after_expert
 from server.plan.state import Outcome, Plan, RunState
-from server.plan.verdict import is_worse
+from server.plan.verdict import is_worse, tolerated
 
 
 def after_grow(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
@@ -203,12 +203,13 @@ def after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     # Both accuracies come from the same devices and images, so that a change of devices
     # between rounds cannot pass for a loss.
     drop = (outcome.prior_right - outcome.right) / outcome.heldout
-    accepted = not is_worse(outcome, plan.config.max_drop, plan.config.drop_errors)
-    tried = Attempt(state.next_free.share(plan.graph), drop, accepted)
+    allowed = tolerated(outcome, plan.config.max_drop, plan.config.drop_errors) / outcome.heldout
+    tried = Attempt(state.next_free.share(plan.graph), drop, drop <= allowed)
     judged = replace(state, attempts=(*state.attempts, tried))
-    if accepted:
-        model = current_model(plan, state)
-        return end_step(plan, judged, model, state.next_free, outcome.right / outcome.heldout, None)
+    right, model = outcome.right / outcome.heldout, current_model(plan, state)
+    ended = end_step(plan, judged, model, state.next_free, right, None)
+    if tried.accepted:
+        return ended
     again = replace(
         judged,
         phase="consolidate",
@@ -216,7 +217,14 @@ def after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         round=0,
         values=None,
     )
-    return _choose(plan, again)
+    retry = _choose(plan, again)
+    if ended.phase == "tally" and drop - allowed <= _WITHIN_REACH:
+        return replace(ended, retry=retry, allowed=allowed)
+    return retry
+
+
+_WITHIN_REACH = 0.03
+"""What a second opinion may give back of a model's accuracy; it gives about a point."""
 
 
 def score_slices(graph: FilterGraph) -> Mapping[str, slice]:

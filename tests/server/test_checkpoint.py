@@ -75,6 +75,8 @@ def plain(state: RunState) -> dict[str, str]:
         value = getattr(state, field.name)
         if field.name in ("prior", "base"):
             value = state_digest(value)
+        elif field.name == "retry" and value is not None:
+            value = plain(value)
         elif field.name in ("values", "tail") and value is not None:
             value = (value.dtype, value.shape, value.tobytes())
         elif field.name == "scores" and value is not None:
@@ -101,7 +103,8 @@ def used_by(*some: RunState) -> set[str]:
 def test_a_checkpoint_comes_back_to_the_bit(
     plan: Plan, fresh: RunState, rich: RunState, tmp_path: Path
 ) -> None:
-    for number, state in enumerate((fresh, rich, replace(rich, done=True))):
+    doubted = replace(fresh, retry=rich, allowed=0.1 + 0.2)
+    for number, state in enumerate((fresh, rich, replace(rich, done=True), doubted)):
         checkpoints = CheckpointFolder(tmp_path / str(number), plan.config)
         assert not checkpoints.exists()
         written = Checkpoint(state, {"device-0": ["a", "b"]}, {"steps": {"1": {"x": None}}}, 17)
@@ -150,6 +153,15 @@ def test_tensors_that_no_checkpoint_names_are_removed(
     checkpoints.write(Checkpoint(fresh))
     assert tensors(tmp_path) == used_by(fresh)
     assert plain(checkpoints.read().state) == plain(fresh)
+
+
+def test_tensors_of_what_may_follow_are_kept(
+    plan: Plan, fresh: RunState, rich: RunState, tmp_path: Path
+) -> None:
+    checkpoints = CheckpointFolder(tmp_path, plan.config)
+    for _ in range(3):
+        checkpoints.write(Checkpoint(replace(fresh, retry=rich)))
+    assert plain(checkpoints.read().state) == plain(replace(fresh, retry=rich))
 
 
 def test_a_model_that_does_not_change_is_written_once(

@@ -502,6 +502,52 @@ def test_a_refused_step_adds_to_the_opinion_of_the_model_that_stands() -> None:
         assert opinion.counts.sum() == 90 * step
 
 
+def judged(plan: Plan, lost: int) -> RunState:
+    """What follows a step's first freeing, which costs so many of 60 images."""
+    state = through(plan, looked(plan, begin(plan)))
+    scores = tuple({layer.name: np.ones(layer.width) for layer in plan.graph.layers} for _ in "12")
+    weighed = Outcome(None, HELDOUT, 60, 50, 40, class_counts=counts(CLASSES), scores=scores)
+    state = advance(plan, state, weighed)
+    assert (state.phase, state.attempt) == ("consolidate", 0)
+    state = through(plan, state)
+    assert state.phase == "judge"
+    right = 60 - lost
+    return advance(plan, state, Outcome(None, HELDOUT, right, 60, right))
+
+
+STRICT: dict[str, Any] = {"max_drop": 0.0, "drop_errors": 0.0, "attempts": 2, "scope": "group"}
+
+
+@pytest.mark.parametrize(("gained", "accepted"), [(2, True), (1, False)])
+def test_what_freeing_cost_is_judged_with_the_opinion(gained: int, accepted: bool) -> None:
+    plan = make_plan(steps=2, rounds=1, consolidate_rounds=1, freeing="steps", **STRICT)
+    doubted = judged(plan, lost=2)
+    freed = doubted.free
+    state = advised(plan, doubted, right=60 + gained)
+    if accepted:
+        (done,) = state.finished
+        assert (state.step, state.phase, state.retry) == (2, "look", None)
+        assert [(a.accepted, a.drop) for a in done.attempts] == [(True, 0.0)]
+        assert done.free == freed
+        assert memory_of(state).opinion is not None
+        return
+    assert (state.step, state.phase, state.attempt) == (1, "consolidate", 1)
+    assert (state.finished, state.values, memory_of(state).opinion) == ((), None, None)
+    assert state.next_free.count < freed.count
+    assert [(a.accepted, a.drop) for a in state.attempts] == [(False, 0.02)]
+    again = advance(plan, through(plan, state), Outcome(None, HELDOUT, 60, 60, 60))
+    assert (again.phase, again.retry, again.attempt) == ("tally", None, 1)
+    (done,) = advised(plan, again).finished
+    assert [a.accepted for a in done.attempts] == [False, True]
+    assert done.free == state.next_free
+
+
+def test_a_freeing_that_no_opinion_could_make_up_for_is_tried_again_at_once() -> None:
+    plan = make_plan(steps=2, rounds=1, consolidate_rounds=1, freeing="steps", **STRICT)
+    state = judged(plan, lost=4)
+    assert (state.phase, state.attempt, state.pending) == ("consolidate", 1, None)
+
+
 def test_no_opinion_is_asked_for_where_none_is_wanted() -> None:
     plan = make_plan(steps=2, rounds=1, freeing="never", scope="all", opinion_weight=0.0)
     done = through(plan, looked(plan, begin(plan)))
