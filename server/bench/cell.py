@@ -114,13 +114,20 @@ def finished(cell: Cell, out: Path) -> Record | None:
     other = [
         f"{key} {was[key]!r} -> {value!r}"
         for key, value in now.items()
-        if was[key] != value and key.replace("-", "_") not in NOT_THE_RESULT
+        if was[key] != value
+        and key.replace("-", "_") not in NOT_THE_RESULT
+        and not (key == "drop-errors" and value > was[key] and _nothing_refused(record))
     ]
     if other:
         raise ConfigError(
             f"{path} was run with other settings ({', '.join(other[:4])}): choose another --out"
         )
     return record
+
+
+def _nothing_refused(record: Record) -> bool:
+    """Return whether all that was freed was accepted: a laxer limit would have changed nothing."""
+    return all(tried["accepted"] for step in record["steps"] for tried in step["attempts"])
 
 
 def make_priors(cells: list[Cell], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import server.bench.cell as cells
 from common import metrics
 from common.errors import ConfigError, RoundError
 from common.scenario import Scenario
-from common.store import read_json
+from common.store import read_json, write_json
 from server.bench.cell import Cell, run_cell
 from server.bench.exam import exam_of
 from server.bench.plan import FULL, QUICK, cells_of
@@ -115,6 +116,24 @@ def test_a_cell_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> N
     assert run_cell(Cell("instance", 2, "prior", 0, {**TINY, "workers": 2}), tmp_path)
     with pytest.raises(ConfigError, match=r"other settings \(lr 0.03 -> 0.1\): choose another"):
         run_cell(Cell("instance", 2, "prior", 0, {**TINY, "lr": 0.1}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "errors", "same"), [(True, 3.0, True), (True, 1.0, False), (False, 3.0, False)]
+)
+def test_a_laxer_limit_is_another_setting_only_where_something_was_refused(
+    accepted: bool, errors: float, same: bool, tmp_path: Path
+) -> None:
+    cell = Cell("instance", 2, "prior", 0, {**TINY, "drop_errors": 2.0})
+    record = run_cell(cell, tmp_path)
+    step = {"attempts": [{"share": 0.3, "drop": 0.0, "accepted": accepted}]}
+    write_json(cell.path(tmp_path), {**record, "steps": [step]})
+    asked = replace(cell, settings={**cell.settings, "drop_errors": errors})
+    if same:
+        assert run_cell(asked, tmp_path)["steps"] == [step]
+        return
+    with pytest.raises(ConfigError, match=r"other settings \(drop-errors 2.0 -> "):
+        run_cell(asked, tmp_path)
 
 
 def test_the_same_cell_gives_the_same_model_and_another_seed_another(tmp_path: Path) -> None:
