@@ -89,6 +89,8 @@ def close_step(
             finished=finished,
             done=True,
             pending=None,
+            retry=None,
+            allowed=0.0,
             stopped=stopped,
             memory=memory,
             carried=carried,

@@ -157,8 +157,10 @@ def after_advise(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     """
     assert state.memory is not None
     assert state.pending is not None
-    pending, worse = state.pending, is_worse(outcome, plan.config.accept_drop)
-    if state.retry is not None:
+    pending = state.pending
+    if state.retry is None:
+        worse = is_worse(outcome, plan.config.accept_drop)
+    else:
         *before, tried = pending.attempts
         drop = tried.drop - (outcome.right - outcome.prior_right) / outcome.heldout
         if drop > state.allowed:
@@ -166,9 +168,7 @@ def after_advise(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         attempts = (*before, Attempt(tried.share, drop, accepted=True))
         pending, worse = replace(pending, attempts=attempts), False
     opinion = state.memory.opinion if worse else state.memory.rival
-    advised = replace(
-        state, memory=replace(state.memory, rival=None, opinion=opinion), retry=None, allowed=0.0
-    )
+    advised = replace(state, memory=replace(state.memory, rival=None, opinion=opinion))
     return close_step(plan, advised, state.prior, state.free, pending)
 
 

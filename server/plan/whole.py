@@ -18,7 +18,7 @@ from common.peers import peer
 from common.seeds import numpy_rng
 from common.sparsify import Attempt, smaller
 from common.state import write_state
-from server.plan.end import end_step
+from server.plan.end import end_step, opinionated
 from server.plan.layouts import current_model, layout_of, scope_of
 from server.plan.shift import after_expert
 from server.plan.state import Outcome, Plan, RunState
@@ -206,10 +206,6 @@ def after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     allowed = tolerated(outcome, plan.config.max_drop, plan.config.drop_errors) / outcome.heldout
     tried = Attempt(state.next_free.share(plan.graph), drop, drop <= allowed)
     judged = replace(state, attempts=(*state.attempts, tried))
-    right, model = outcome.right / outcome.heldout, current_model(plan, state)
-    ended = end_step(plan, judged, model, state.next_free, right, None)
-    if tried.accepted:
-        return ended
     again = replace(
         judged,
         phase="consolidate",
@@ -217,10 +213,14 @@ def after_judge(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         round=0,
         values=None,
     )
+    if not tried.accepted and not (opinionated(plan, state) and drop - allowed <= _WITHIN_REACH):
+        return _choose(plan, again)
+    right, model = outcome.right / outcome.heldout, current_model(plan, state)
+    ended = end_step(plan, judged, model, state.next_free, right, None)
+    if tried.accepted:
+        return ended
     retry = _choose(plan, again)
-    if ended.phase == "tally" and drop - allowed <= _WITHIN_REACH:
-        return replace(ended, retry=retry, allowed=allowed)
-    return retry
+    return replace(ended, retry=retry, allowed=allowed) if ended.phase == "tally" else retry
 
 
 _WITHIN_REACH = 0.03

@@ -484,16 +484,18 @@ def test_an_opinion_stays_with_the_oldest_world_beside_experts() -> None:
     assert net(x_of(images(seed=5))).shape == (120, CLASSES)
 
 
+def all_alike(plan: Plan) -> tuple[dict[str, np.ndarray], ...]:
+    """Both kinds of importances of filters that all matter as much."""
+    return tuple({layer.name: np.ones(layer.width) for layer in plan.graph.layers} for _ in "12")
+
+
 def test_a_refused_step_adds_to_the_opinion_of_the_model_that_stands() -> None:
     plan = make_plan(steps=3, rounds=1, freeing="steps", scope="group")
     state = begin(plan)
     for step in (1, 2):
         state = through(plan, looked(plan, state))
         refused = Outcome(None, HELDOUT, 10, 50, 10, class_counts=counts(CLASSES))
-        scores = tuple(
-            {layer.name: np.ones(layer.width) for layer in plan.graph.layers} for _ in "12"
-        )
-        state = advance(plan, state, replace(refused, scores=scores))
+        state = advance(plan, state, replace(refused, scores=all_alike(plan)))
         assert state.pending is not None
         assert state.pending.refusal is not None
         state = advised(plan, state)
@@ -505,9 +507,8 @@ def test_a_refused_step_adds_to_the_opinion_of_the_model_that_stands() -> None:
 def judged(plan: Plan, lost: int) -> RunState:
     """What follows a step's first freeing, which costs so many of 60 images."""
     state = through(plan, looked(plan, begin(plan)))
-    scores = tuple({layer.name: np.ones(layer.width) for layer in plan.graph.layers} for _ in "12")
-    weighed = Outcome(None, HELDOUT, 60, 50, 40, class_counts=counts(CLASSES), scores=scores)
-    state = advance(plan, state, weighed)
+    weighed = Outcome(None, HELDOUT, 60, 50, 40, class_counts=counts(CLASSES))
+    state = advance(plan, state, replace(weighed, scores=all_alike(plan)))
     assert (state.phase, state.attempt) == ("consolidate", 0)
     state = through(plan, state)
     assert state.phase == "judge"
