@@ -254,7 +254,7 @@ class Config(BaseModel):
         "all", description="they are taken of every layer's channels, or of the classifier's input"
     )
     opinion_features: int = Field(
-        650,
+        775,
         ge=0,
         description="most features in what they say beside a net's own classifier; 0: all",
     )
@@ -269,7 +269,7 @@ class Config(BaseModel):
         "than the prior itself for a step to be learnt by them alone; 1: never",
     )
     statistics_images: int = Field(
-        300,
+        1000,
         ge=0,
         description="training images a class, over all devices, below which a step is learnt by "
         "them alone wherever they get no fewer right than the prior",

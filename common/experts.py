@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.features import ClosedFormNet, Discriminant, ScaleShift, Scores
+from common.features import ClosedFormNet, Discriminant, ScaleShift, Scores, without_head
 from common.filters import BN_KINDS
 from common.gate import Gate, Moments, look, stem_conv
 from common.layout import Entry, Layout
@@ -124,7 +124,8 @@ class ExpertNet(nn.Module):
                 self.nets.append(plain)
             else:
                 beside = number > 0 or not closed
-                self.nets.append(ClosedFormNet(plain, head, scores, beside=beside))
+                kept = plain if beside else without_head(plain, head)
+                self.nets.append(ClosedFormNet(kept, head, scores, beside=beside))
         absent = discriminant.absent() if closed and discriminant is not None else None
         self.register_buffer("absent", absent)
         self.gate = Gate(worlds, _AXES * len(worlds))

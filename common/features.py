@@ -10,7 +10,7 @@ of FeCAM (Goswami et al., NeurIPS 2023) and Fed3R (Fani et al., ICML 2024).
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Self
 
@@ -39,27 +39,36 @@ class FeatureNet(nn.Module):
     head : str
         Name of the classifier, whose input is a feature too.
     layers : {"all", "last", "deviations"}
-        Mean and deviation of every layer's channels (batch normalisations behind their ReLU) and
-        the classifier's input; that input alone; or it and the deviations, which say nearly as
-        much as all, in a quarter of the products.
+        Deviation of every layer's channels (batch normalisations behind their ReLU), and of the
+        last map of every resolution deviations and the means of its four quadrants: where in an
+        image something is tells classes apart, and pooling over all of it forgets that (Coates,
+        Ng & Lee, AISTATS 2011). Or the classifier's input alone; or it and the layers' deviations,
+        which say nearly as much as all, in a fifth of the products.
     """
 
     def __init__(self, net: nn.Module, head: str, layers: Layers = "all") -> None:
         super().__init__()
         self.net = net
         self._seen: list[torch.Tensor] = []
+        self._maps: dict[torch.Size, torch.Tensor] = {}
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d | ScaleShift) and layers != "last":
-                collect = _collect if layers == "all" else _collect_deviations
-                module.register_forward_hook(partial(collect, self._seen))
-        net.get_submodule(head).register_forward_pre_hook(partial(_collect_input, self._seen))
+                module.register_forward_hook(partial(_collect_deviations, self._seen))
+            if module is not net and layers == "all":
+                module.register_forward_hook(partial(_keep_last, self._maps))
+        if layers != "all":
+            classifier = net.get_submodule(head)
+            classifier.register_forward_pre_hook(partial(_collect_input, self._seen))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the features and the logits of images [B, C, H, W]."""
         self._seen.clear()
+        self._maps.clear()
         logits = self.net(x)
-        features = torch.cat(list(self._seen), 1)
+        ends = [part for end in self._maps.values() for part in _by_quadrant(F.relu(end))]
+        features = torch.cat([*self._seen, *ends], 1)
         self._seen.clear()
+        self._maps.clear()
         return features, logits
 
 
@@ -80,16 +89,30 @@ class ScaleShift(nn.Module):
         return x * self.scale + self.shift
 
 
-def _collect(
-    seen: list[torch.Tensor], module: nn.Module, inputs: object, out: torch.Tensor
-) -> None:
-    seen.append(look(F.relu(out)))
-
-
 def _collect_deviations(
     seen: list[torch.Tensor], module: nn.Module, inputs: object, out: torch.Tensor
 ) -> None:
-    seen.append(look(F.relu(out))[:, out.shape[1] :])
+    seen.append(_deviations(F.relu(out)))
+
+
+def _deviations(feature_map: torch.Tensor) -> torch.Tensor:
+    return look(feature_map)[:, feature_map.shape[1] :]
+
+
+def _keep_last(
+    maps: dict[torch.Size, torch.Tensor], module: nn.Module, inputs: object, out: object
+) -> None:
+    if isinstance(out, torch.Tensor) and out.dim() == 4 and min(out.shape[2:]) > 1:
+        maps[out.shape[2:]] = out
+
+
+def _by_quadrant(feature_map: torch.Tensor) -> list[torch.Tensor]:
+    """Return deviations, and means of the quadrants, [B, C] each, of a map [B, C, H, W]."""
+    # By slices: exporters know no adaptive pooling of a size that its windows do not divide.
+    top, left = (size // 2 for size in feature_map.shape[2:])
+    upper, lower = feature_map[:, :, :top], feature_map[:, :, top:]
+    quadrants = (upper[..., :left], upper[..., left:], lower[..., :left], lower[..., left:])
+    return [_deviations(feature_map), *(quadrant.mean((2, 3)) for quadrant in quadrants)]
 
 
 def _collect_input(
@@ -154,25 +177,39 @@ class ClassSums:
 
         If there is a limit, half as many features as there were images is one too.
 
-        Features whose weights move the scores least, within classes, are left out by fifths, the
-        others weighed again each time (recursive elimination, Guyon et al., Machine Learning
-        2002): a phone has fewer weights to store, and few images are overfitted less.
+        Features without which the classes would be told apart nearly as well are left out by
+        tenths: leaving one out costs its weight's square over its diagonal element of the inverse
+        covariance (Hassibi & Stork, "Optimal brain surgeon", NIPS 1992). A phone has fewer weights
+        to store, and few images are overfitted less.
         """
-        chosen = np.arange(self.sums.shape[1])
-        sums = self
         most = most and max(2, min(most, int(self.counts.sum() / 2)))
-        while most and len(chosen) > most:
-            weight, _ = sums.classifier(kind)
-            weight = weight - weight.mean(0)
-            moved = (weight**2).sum(0) * np.diag(sums.within())
+        chosen = self._telling(kind, most) if most else np.arange(self.sums.shape[1])
+        weight, bias = self.of_features(chosen).classifier(kind)
+        there = self.counts > 0
+        # What all classes' scores have in common tells none from another, and is so large that
+        # float32 would lose what does.
+        weight = np.where(there[:, None], weight - weight[there].mean(0), 0.0)
+        bias = np.where(there, bias - bias[there].mean(), _NEVER)
+        return Discriminant(chosen, weight, bias, there)
+
+    def _telling(self, kind: Head, most: int) -> np.ndarray:
+        chosen = np.arange(self.sums.shape[1])
+        if len(chosen) <= most:
+            return chosen
+        targets, covariance = self._problem(kind)
+        targets = targets - targets[self.counts > 0].mean(0)
+        targets[self.counts == 0] = 0.0
+        precision = np.linalg.inv(covariance)
+        while len(chosen) > most:
+            cost = ((targets[:, chosen] @ precision) ** 2).sum(0) / np.diag(precision)
+            order = np.argsort(-cost, kind="stable")
             left = max(most, int(len(chosen) * _KEPT))
-            chosen = chosen[np.sort(np.argsort(-moved, kind="stable")[:left])]
-            sums = self.of_features(chosen)
-        weight, bias = sums.classifier(kind)
-        # Features are taken from their mean, or the scores would be small differences of large
-        # numbers.
-        centre = sums.sums.sum(0) / sums.counts.sum()
-        return Discriminant(chosen, centre, weight, bias + weight @ centre, self.counts > 0)
+            keep, go = np.sort(order[:left]), np.sort(order[left:])
+            # the inverse of what is left of the covariance
+            lost = np.linalg.solve(precision[np.ix_(go, go)], precision[np.ix_(go, keep)])
+            precision = precision[np.ix_(keep, keep)] - precision[np.ix_(keep, go)] @ lost
+            chosen = chosen[keep]
+        return chosen
 
     def within(self) -> np.ndarray:
         """Covariance [D, D] around the class means."""
@@ -192,36 +229,33 @@ class ClassSums:
             features scaled to unit variance.
         """
         there = self.counts > 0
-        means = self.sums / np.maximum(self.counts, 1)[:, None]
-        covariance = self.within()
-        spread = np.clip(np.diag(covariance), 1e-10, None)
-        covariance = covariance + np.diag(_SHRINKAGE * spread + 1e-10)
+        targets, covariance = self._problem(kind)
+        weight = np.linalg.solve(covariance, targets.T).T
         if kind == "ridge":
-            return self._ridge()
-        if kind == "ncm":
-            covariance = np.diag(np.diag(covariance))
-        weight = np.linalg.solve(covariance, means.T).T
-        bias = -0.5 * (weight * means).sum(1)
-        return weight, np.where(there, bias, _NEVER)
+            centre, share = self._means()[there].mean(0), 1.0 / there.sum()
+            return weight, np.where(there, share - weight @ centre, _NEVER)
+        return weight, np.where(there, -0.5 * (weight * targets).sum(1), _NEVER)
 
-    def _ridge(self) -> tuple[np.ndarray, np.ndarray]:
-        there = self.counts > 0
-        # every class weighs as much as another, however many images it has
-        share = np.where(there, 1.0 / np.maximum(self.counts, 1), 0.0) / there.sum()
-        means = self.sums / np.maximum(self.counts, 1)[:, None]
-        centre = means[there].mean(0)
-        total = self.second / self.counts.sum()
-        mean = self.sums.sum(0) / self.counts.sum()
-        covariance = total - np.outer(mean, mean)
+    def _means(self) -> np.ndarray:
+        return np.asarray(self.sums / np.maximum(self.counts, 1)[:, None])
+
+    def _problem(self, kind: Head) -> tuple[np.ndarray, np.ndarray]:
+        """Return targets [C, D] and covariance [D, D], whose quotient is the weight."""
+        there, targets = self.counts > 0, self._means()
+        if kind == "ridge":
+            # every class weighs as much as another, however many images it has
+            centre, mean = targets[there].mean(0), self.sums.sum(0) / self.counts.sum()
+            targets = np.where(there[:, None], targets - centre, 0.0) / there.sum()
+            covariance = self.second / self.counts.sum() - np.outer(mean, mean)
+        else:
+            covariance = self.within()
         spread = np.clip(np.diag(covariance), 1e-10, None)
         covariance = covariance + np.diag(_SHRINKAGE * spread + 1e-10)
-        between = (means - centre) * (share * self.counts)[:, None]
-        weight = np.linalg.solve(covariance, between.T).T
-        return weight, np.where(there, share * self.counts - weight @ centre, _NEVER)
+        return targets, np.diag(np.diag(covariance)) if kind == "ncm" else covariance
 
 
 _NEVER = -1e6
-_KEPT = 0.8
+_KEPT = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,26 +266,20 @@ class Discriminant:
     ----------
     chosen : int array [n]
         Which features.
-    centre : float array [n]
-        Taken from them first.
     weight, bias : float array [C, n], [C]
-        Of the scores.
+        Of the scores, which are around their mean over the classes that had an image.
     there : bool array [C]
         Classes that had an image; the bias of others is so low that no image overcomes it.
     """
 
     chosen: np.ndarray
-    centre: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
     there: np.ndarray
 
     def impartial(self) -> Discriminant:
-        """Return the same with scores around their mean, which is that of absent classes."""
-        there = self.there[:, None]
-        weight = np.where(there, self.weight - self.weight[self.there].mean(0), 0.0)
-        bias = np.where(self.there, self.bias - self.bias[self.there].mean(), 0.0)
-        return Discriminant(self.chosen, self.centre, weight, bias, self.there)
+        """Return the same with scores of absent classes that are the mean of the others'."""
+        return replace(self, bias=np.where(self.there, self.bias, 0.0))
 
     def absent(self) -> torch.Tensor:
         """Return what makes scores of absent classes hopeless, float32 [C]."""
@@ -260,11 +288,11 @@ class Discriminant:
     def pack(self, size: int) -> np.ndarray:
         """Return what travels of a classifier of some of `size` features, float32.
 
-        Centre, weights and biases; those of features that are not chosen are zero.
+        Weights and biases; those of features that are not chosen are zero.
         """
-        centre, weight = np.zeros(size), np.zeros((len(self.bias), size))
-        centre[self.chosen], weight[:, self.chosen] = self.centre, self.weight
-        return np.concatenate([centre, weight.ravel(), self.bias]).astype(np.float32)
+        weight = np.zeros((len(self.bias), size))
+        weight[:, self.chosen] = self.weight
+        return np.concatenate([weight.ravel(), self.bias]).astype(np.float32)
 
     @classmethod
     def unpack(cls, packed: np.ndarray, classes: int, size: int) -> Self:
@@ -275,10 +303,9 @@ class Discriminant:
         UpdateError
             If the length is another or a value is not finite.
         """
-        check_values(packed, size + classes * (size + 1), "the rival classifier")
-        centre, weight, bias = np.split(packed.astype(np.float64), [size, size * (classes + 1)])
-        there = bias > _NEVER / 2
-        return cls(np.arange(size), centre, weight.reshape(classes, size), bias, there)
+        check_values(packed, classes * (size + 1), "the rival classifier")
+        weight, bias = np.split(packed.astype(np.float64), [size * classes])
+        return cls(np.arange(size), weight.reshape(classes, size), bias, bias > _NEVER / 2)
 
 
 def packed_size(classes: int, size: int) -> int:
@@ -325,13 +352,18 @@ def feature_size(
     return int(features(torch.zeros(1, *input_shape))[0].shape[1])
 
 
+def without_head(net: nn.Module, head: str) -> nn.Module:
+    """Return `net` itself, its classifier replaced by nothing: class statistics answer for it."""
+    net.set_submodule(head, nn.Identity())
+    return net
+
+
 class Scores(nn.Module):
     """A discriminant as a layer: features [B, D] in, scores [B, classes] out, times `weight`."""
 
     def __init__(self, discriminant: Discriminant, weight: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("chosen", torch.from_numpy(discriminant.chosen))
-        self.centre = nn.Parameter(torch.from_numpy(discriminant.centre).float(), False)
         self.classifier = nn.Linear(discriminant.weight.shape[1], len(discriminant.bias))
         with torch.no_grad():
             self.classifier.weight.copy_(torch.from_numpy(discriminant.weight * weight))
@@ -340,7 +372,7 @@ class Scores(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map features to scores."""
         chosen: torch.Tensor = self.get_buffer("chosen")
-        scores: torch.Tensor = self.classifier(features.index_select(1, chosen) - self.centre)
+        scores: torch.Tensor = self.classifier(features.index_select(1, chosen))
         return scores
 
 

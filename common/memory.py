@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from common.experts import ExpertNet
-from common.features import ClassSums, ClosedFormNet, Head, Layers, Scores
+from common.features import ClassSums, ClosedFormNet, Head, Layers, Scores, without_head
 from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments
 from common.state import State, write_state
@@ -191,7 +191,7 @@ def assembled(
     if memory.by_statistics:
         assert sums is not None
         scores = Scores(sums.discriminant(memory.head))
-        return ClosedFormNet(trunk, graph.head, scores, memory.layers)
+        return ClosedFormNet(without_head(trunk, graph.head), graph.head, scores, memory.layers)
     by_world = (sums if memory.weight else None, *memory.beside)
     known = [one for one in by_world if one is not None]
     pooled = functools.reduce(ClassSums.__add__, known) if known else None

@@ -68,7 +68,7 @@ STREAMS = {
     "instance-2": Table(
         "**Same classes, same world** (CIFAR-10, a prior of 5,000 images and 5,000 new ones)",
         *("cifar", "instance", 2),
-        f"{BASELINES},{ABLATIONS},{OFF_BY_DEFAULT},statistics,no-statistics,fallow,joint,central",
+        f"{BASELINES},{ABLATIONS},{OFF_BY_DEFAULT},no-statistics,trained,statistics,fallow,joint,central",
     ),
     "instance-2-bytes": Table(
         "**The same at equal bytes**: as many rounds as what fallow sends allows",
@@ -85,7 +85,7 @@ STREAMS = {
     "instance-5": Table(
         "**Four steps in a row** (CIFAR-10, 2,500 new images each)",
         *("cifar", "instance", 5),
-        f"{BASELINES},statistics,fallow,joint",
+        f"{BASELINES},trained,statistics,fallow,joint",
         ("--part-size=2500",),
     ),
     "domain-2": Table(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from common.experts import ExpertNet, changed_by, expert_layout
 from common.features import ClosedFormNet, Scores, class_sums
+from common.filters import parameter_count
 from common.gate import Gate, Moments, look, stem_conv, stem_moments
 from common.nets import build
 from common.state import State, read_state, write_state
@@ -117,3 +118,21 @@ def test_class_statistics_are_a_second_opinion_in_every_world() -> None:
         torch.testing.assert_close(
             mixed(images(3.0)).exp(), F.softmax(alone, 1), rtol=1e-2, atol=1e-3
         )
+
+
+def test_a_world_that_statistics_answer_for_has_no_classifier_to_store() -> None:
+    net = trunk()
+    sums = class_sums(net, "fc", images(0.0), torch.arange(30) % 4, 4)
+    args = (net, [an_expert(net)], worlds(net), stem(net), "fc", (True, True))
+    opinion = sums.discriminant("lda", 10)
+    beside, closed = (ExpertNet(*args, opinion, 1.0, closed=closed) for closed in (False, True))
+    classifier = sum(p.numel() for p in net.get_submodule("fc").parameters())
+    assert parameter_count(beside) - parameter_count(closed) == classifier
+    with torch.no_grad():
+        # of another world: its expert is heard in both
+        torch.testing.assert_close(beside(images(3.0)), closed(images(3.0)), rtol=1e-2, atol=1e-2)
+        alone = ClosedFormNet(trunk(), "fc", Scores(opinion))(images(0.0))
+        torch.testing.assert_close(
+            closed(images(0.0)).exp(), F.softmax(alone, 1), rtol=1e-2, atol=1e-3
+        )
+    assert isinstance(net.get_submodule("fc"), nn.Linear)  # the given one is left as it is

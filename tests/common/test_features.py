@@ -37,7 +37,7 @@ def blobs(count: int = 300, size: int = 5, seed: int = 0) -> tuple[torch.Tensor,
 
 
 def scores(discriminant: Discriminant, features: torch.Tensor) -> torch.Tensor:
-    x = features.double().numpy()[:, discriminant.chosen] - discriminant.centre
+    x = features.double().numpy()[:, discriminant.chosen]
     return torch.from_numpy(x @ discriminant.weight.T + discriminant.bias)
 
 
@@ -111,12 +111,22 @@ def test_features_that_tell_nothing_are_left_out_first() -> None:
     features, labels = blobs(900, size=6)
     noise = torch.randn(900, 20, generator=torch.Generator().manual_seed(3))
     sums = ClassSums.of(torch.cat([noise, features], 1), labels, CLASSES)
+    for kind in ("lda", "ridge", "ncm"):
+        assert sums.discriminant(kind, 6).chosen.tolist() == list(range(20, 26))
     few = sums.discriminant("lda", 6)
-    assert few.chosen.tolist() == list(range(20, 26))
     assert sums.discriminant("lda", 26).chosen.tolist() == list(range(26))
     assert len(sums.discriminant("lda", 0).chosen) == 26
     alone = ClassSums.of(features, labels, CLASSES).discriminant()
     np.testing.assert_allclose(few.weight, alone.weight, rtol=1e-9)
+
+
+def test_one_of_two_features_that_say_the_same_is_left_out_first() -> None:
+    features, labels = blobs(900, size=3)
+    noise = 1e-3 * torch.randn(900, 1, generator=torch.Generator().manual_seed(3))
+    # its weight is large, and all for nothing
+    sums = ClassSums.of(torch.cat([features, features[:, :1] + noise], 1), labels, CLASSES)
+    chosen = sums.discriminant("lda", 3).chosen.tolist()
+    assert chosen in ([0, 1, 2], [1, 2, 3])
 
 
 def test_class_statistics_survive_the_wire() -> None:
@@ -142,25 +152,33 @@ def test_class_statistics_that_are_not_sound_are_refused() -> None:
 # nets
 
 
-def test_features_are_looks_at_every_layer_and_the_classifiers_input() -> None:
+def test_features_are_deviations_of_every_layer_and_quadrants_of_every_resolution() -> None:
     net, x = small_net(), images()
     features, logits = FeatureNet(net, "fc")(x)
     assert features.shape == (40, feature_size(net, "fc", (3, 12, 12)))
     torch.testing.assert_close(logits, net(x))
     last, _ = FeatureNet(small_net(), "fc", "last")(x)
-    torch.testing.assert_close(features[:, -last.shape[1] :], last)
     torch.testing.assert_close(net.get_submodule("fc")(last), logits)
     channels = sum(m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    assert features.shape[1] == 2 * channels + last.shape[1]
+    assert features.shape[1] == channels + 5 * (8 + 16 + 32)
     stem = F.relu(net.get_submodule("bn1")(net.get_submodule("conv1")(x)))
-    torch.testing.assert_close(features[:, :8], stem.mean((2, 3)))
+    torch.testing.assert_close(features[:, :8], stem.flatten(2).std(2, correction=0))
+    first = net.get_submodule("layer1")(stem)
+    ends = features[:, channels:]
+    torch.testing.assert_close(ends[:, :8], first.flatten(2).std(2, correction=0))
+    torch.testing.assert_close(ends[:, 8:16], first[:, :, :6, :6].mean((2, 3)))
+    torch.testing.assert_close(ends[:, 16:24], first[:, :, :6, 6:].mean((2, 3)))
+    torch.testing.assert_close(ends[:, 32:40], first[:, :, 6:, 6:].mean((2, 3)))
+    third = net.get_submodule("layer3")(net.get_submodule("layer2")(first))
+    assert third.shape[2:] == (3, 3)  # which quadrants share unevenly
+    torch.testing.assert_close(ends[:, -32:], third[:, :, 1:, 1:].mean((2, 3)))
     few, _ = FeatureNet(small_net(), "fc", "deviations")(x)
     assert (
         few.shape[1]
         == channels + last.shape[1]
         == feature_size(small_net(), "fc", (3, 12, 12), "deviations")
     )
-    torch.testing.assert_close(few[:, :8], features[:, 8:16])
+    torch.testing.assert_close(few[:, :channels], features[:, :channels])
     torch.testing.assert_close(few[:, -last.shape[1] :], last)
 
 
