@@ -145,7 +145,7 @@ class Config(BaseModel):
         2.0,
         description="standard errors of its measurement on the devices that it may be above that",
     )
-    freeing_epochs: Count = Field(20, description="epochs of the first freeing, at the server")
+    freeing_epochs: Count = Field(50, description="epochs of the first freeing, at the server")
     freeing_lr: Positive = Field(0.05, description="learning rate of the first freeing (cosine)")
     rotations: NotNegative = Field(
         1.0,
