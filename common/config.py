@@ -272,7 +272,7 @@ class Config(BaseModel):
         1000,
         ge=0,
         description="training images a class, over all devices, below which a step is learnt by "
-        "them alone wherever they get no fewer right than the prior",
+        "them alone unless they are behind the prior by as much",
     )
     world_gap: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="how often a gate must be right for images to be of another world"

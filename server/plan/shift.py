@@ -111,13 +111,14 @@ def _statistics_suffice(plan: Plan, outcome: Outcome) -> bool:
 
     A classifier made of them has seen as little of the step's images as the prior. Where it is
     far ahead, data is simple, and the statistics of the kept filters say far more than a few
-    rounds would teach. So they do where images are few: statistics of all images so far add up
-    exactly, while training has the step's alone, and overfits them.
+    rounds would teach. Where images are few it need only not be far behind: statistics of all
+    images so far add up exactly, while training has the step's alone, and overfits them.
     """
     ahead = outcome.rival_right - outcome.prior_right
     present = sum(count > 0 for count in outcome.class_counts)
     few = sum(outcome.class_counts) < plan.config.statistics_images * present
-    return ahead >= 0 if few else ahead > plan.config.statistics_gap * outcome.heldout
+    gap = plan.config.statistics_gap * outcome.heldout
+    return ahead > (-gap if few else gap)
 
 
 def _prior(outcome: Outcome) -> float:
