@@ -111,10 +111,12 @@ def finished(cell: Cell, out: Path) -> Record | None:
     # A setting that is newer than the record had its default then.
     was = {**Config().flat(), **record["settings"]}
     now = _settings(cell.config)
+    idle = _idle(cell)
     other = [
         f"{key} {was[key]!r} -> {value!r}"
         for key, value in now.items()
         if was[key] != value
+        and key not in idle
         and key.replace("-", "_") not in NOT_THE_RESULT
         and not (key == "drop-errors" and value > was[key] and _nothing_refused(record))
     ]
@@ -123,6 +125,17 @@ def finished(cell: Cell, out: Path) -> Record | None:
             f"{path} was run with other settings ({', '.join(other[:4])}): choose another --out"
         )
     return record
+
+
+def _idle(cell: Cell) -> set[str]:
+    """Return settings that decide nothing in a cell: of freeing where nothing is, and the like."""
+    config, learns = cell.config, method_of(cell.method).kind == "rounds"
+    idle: set[str] = set()
+    if not learns or config.freeing == "never":
+        idle |= {"freeing-epochs", "freeing-lr", "rotations"}
+    if not learns or config.shift != "auto":
+        idle |= {"opinion-features", "statistics-gap", "statistics-images"}
+    return idle
 
 
 def _nothing_refused(record: Record) -> bool:

@@ -172,7 +172,10 @@ def main() -> None:
 
 
 def write(name: str, folder: Path) -> None:
-    """Keep what a stream's results say, without the lines of its rounds."""
+    """Keep what a stream's results say, without the lines of its rounds.
+
+    Rows of methods that an earlier version ran, and this one has not, stay as they are.
+    """
     stream = (STREAMS[name].protocol, STREAMS[name].parts)
     results = json.loads((folder / "results.json").read_text())
 
@@ -181,6 +184,10 @@ def write(name: str, folder: Path) -> None:
 
     cells = [{k: v for k, v in cell.items() if k != "rounds"} for cell in mine(results["cells"])]
     kept = {"stream": name, "table": mine(results["table"]), "cells": cells}
+    before = json.loads(_target(name).read_text()) if _target(name).exists() else {}
+    for part in ("table", "cells"):
+        again = {row["method"] for row in kept[part]}
+        kept[part] += [row for row in before.get(part, []) if row["method"] not in again]
     _target(name).write_text(json.dumps(kept, indent=1) + "\n")
     print(markdown(name))
 

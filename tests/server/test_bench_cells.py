@@ -15,7 +15,7 @@ from common import metrics
 from common.errors import ConfigError, RoundError
 from common.scenario import Scenario
 from common.store import read_json, write_json
-from server.bench.cell import Cell, run_cell
+from server.bench.cell import Cell, _settings, finished, run_cell
 from server.bench.exam import exam_of
 from server.bench.plan import FULL, QUICK, cells_of
 from server.bench.protocols import settings_of
@@ -134,6 +134,31 @@ def test_a_laxer_limit_is_another_setting_only_where_something_was_refused(
         return
     with pytest.raises(ConfigError, match=r"other settings \(drop-errors 2.0 -> "):
         run_cell(asked, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "same"),
+    [
+        ("prior", {"freeing_epochs": 3}, True),
+        ("fedavg", {"freeing_epochs": 3}, True),
+        ("fedavg", {"opinion_features": 9}, True),
+        ("lda", {"statistics_images": 9}, True),
+        ("fallow", {"freeing_epochs": 3}, False),
+        ("no-gate", {"freeing_epochs": 3}, False),
+        ("fallow", {"opinion_features": 9}, False),
+    ],
+)
+def test_settings_that_decide_nothing_in_a_cell_leave_it_finished(
+    method: str, setting: dict[str, Any], same: bool, tmp_path: Path
+) -> None:
+    cell = Cell("instance", 2, method, 0, TINY)
+    write_json(cell.path(tmp_path), {"settings": _settings(cell.config), "steps": []})
+    asked = replace(cell, settings={**cell.settings, **setting})
+    if same:
+        assert finished(asked, tmp_path) is not None
+        return
+    with pytest.raises(ConfigError, match="other settings"):
+        finished(asked, tmp_path)
 
 
 def test_the_same_cell_gives_the_same_model_and_another_seed_another(tmp_path: Path) -> None:
