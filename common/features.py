@@ -37,7 +37,7 @@ class FeatureNet(nn.Module):
     net : nn.Module
         Its tensors are shared, not copied.
     head : str
-        Name of the classifier, whose input is a feature too.
+        Name of the classifier.
     layers : {"all", "last", "deviations"}
         Deviation of every layer's channels (batch normalisations behind their ReLU), and of the
         last map of every resolution deviations and the means of its four quadrants: where in an
@@ -188,17 +188,20 @@ class ClassSums:
         there = self.counts > 0
         # What all classes' scores have in common tells none from another, and is so large that
         # float32 would lose what does.
-        weight = np.where(there[:, None], weight - weight[there].mean(0), 0.0)
         bias = np.where(there, bias - bias[there].mean(), _NEVER)
-        return Discriminant(chosen, weight, bias, there)
+        return Discriminant(chosen, self._around_mean(weight), bias, there)
+
+    def _around_mean(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows [C, D] less their mean; zero for classes without an image."""
+        there = self.counts > 0
+        return np.where(there[:, None], rows - rows[there].mean(0), 0.0)
 
     def _telling(self, kind: Head, most: int) -> np.ndarray:
         chosen = np.arange(self.sums.shape[1])
         if len(chosen) <= most:
             return chosen
         targets, covariance = self._problem(kind)
-        targets = targets - targets[self.counts > 0].mean(0)
-        targets[self.counts == 0] = 0.0
+        targets = self._around_mean(targets)
         precision = np.linalg.inv(covariance)
         while len(chosen) > most:
             cost = ((targets[:, chosen] @ precision) ** 2).sum(0) / np.diag(precision)
@@ -213,7 +216,7 @@ class ClassSums:
 
     def within(self) -> np.ndarray:
         """Covariance [D, D] around the class means."""
-        means = self.sums / np.maximum(self.counts, 1)[:, None]
+        means = self._means()
         between = (means * self.counts[:, None]).T @ means
         return np.asarray((self.second - between) / self.counts.sum())
 
@@ -244,8 +247,8 @@ class ClassSums:
         there, targets = self.counts > 0, self._means()
         if kind == "ridge":
             # every class weighs as much as another, however many images it has
-            centre, mean = targets[there].mean(0), self.sums.sum(0) / self.counts.sum()
-            targets = np.where(there[:, None], targets - centre, 0.0) / there.sum()
+            mean = self.sums.sum(0) / self.counts.sum()
+            targets = self._around_mean(targets) / there.sum()
             covariance = self.second / self.counts.sum() - np.outer(mean, mean)
         else:
             covariance = self.within()
