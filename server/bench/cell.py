@@ -115,10 +115,7 @@ def finished(cell: Cell, out: Path) -> Record | None:
     other = [
         f"{key} {was[key]!r} -> {value!r}"
         for key, value in now.items()
-        if was[key] != value
-        and key not in idle
-        and key.replace("-", "_") not in NOT_THE_RESULT
-        and not (key == "drop-errors" and value > was[key] and _nothing_refused(record))
+        if was[key] != value and key not in idle and key.replace("-", "_") not in NOT_THE_RESULT
     ]
     if other:
         raise ConfigError(
@@ -131,16 +128,13 @@ def _idle(cell: Cell) -> set[str]:
     """Return settings that decide nothing in a cell: of freeing where nothing is, and the like."""
     config, learns = cell.config, method_of(cell.method).kind == "rounds"
     idle: set[str] = set()
+    if not learns or config.freeing in ("steps", "never"):
+        idle |= {"freeing-epochs", "freeing-lr"}
     if not learns or config.freeing == "never":
-        idle |= {"freeing-epochs", "freeing-lr", "rotations"}
+        idle |= {"rotations", "max-drop", "drop-errors", "attempts"}
     if not learns or config.shift != "auto":
         idle |= {"opinion-features", "statistics-gap", "statistics-images"}
     return idle
-
-
-def _nothing_refused(record: Record) -> bool:
-    """Return whether all that was freed was accepted: a laxer limit would have changed nothing."""
-    return all(tried["accepted"] for step in record["steps"] for tried in step["attempts"])
 
 
 def make_priors(cells: list[Cell], out: Path) -> None:

@@ -119,29 +119,14 @@ def test_a_cell_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("accepted", "errors", "same"), [(True, 3.0, True), (True, 1.0, False), (False, 3.0, False)]
-)
-def test_a_laxer_limit_is_another_setting_only_where_something_was_refused(
-    accepted: bool, errors: float, same: bool, tmp_path: Path
-) -> None:
-    cell = Cell("instance", 2, "prior", 0, {**TINY, "drop_errors": 2.0})
-    record = run_cell(cell, tmp_path)
-    step = {"attempts": [{"share": 0.3, "drop": 0.0, "accepted": accepted}]}
-    write_json(cell.path(tmp_path), {**record, "steps": [step]})
-    asked = replace(cell, settings={**cell.settings, "drop_errors": errors})
-    if same:
-        assert run_cell(asked, tmp_path)["steps"] == [step]
-        return
-    with pytest.raises(ConfigError, match=r"other settings \(drop-errors 2.0 -> "):
-        run_cell(asked, tmp_path)
-
-
-@pytest.mark.parametrize(
     ("method", "setting", "same"),
     [
         ("prior", {"freeing_epochs": 3}, True),
         ("fedavg", {"freeing_epochs": 3}, True),
         ("fedavg", {"opinion_features": 9}, True),
+        ("fedavg", {"drop_errors": 3.0}, True),
+        ("fedavg-slim", {"freeing_epochs": 3}, True),
+        ("fedavg-slim", {"drop_errors": 3.0}, False),
         ("lda", {"statistics_images": 9}, True),
         ("fallow", {"freeing_epochs": 3}, False),
         ("no-gate", {"freeing_epochs": 3}, False),
