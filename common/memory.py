@@ -43,7 +43,10 @@ class Memory:
     classes : ClassSums or None
         Of the trunk's features; None once the trunk was trained further, or if nobody had them.
     closed : bool
-        Whether world 0's classifier is made of `classes` alone.
+        Whether world 0's classifier is made of `classes`.
+    heard : bool
+        Whether the net's own classifier counts beside that one: it knows all classes so far, and
+        all images were of its world.
     head : {"lda", "ridge", "ncm"}
         Which classifier they make.
     layers : {"all", "last"}
@@ -71,6 +74,7 @@ class Memory:
     known: tuple[int, ...] = ()
     classes: ClassSums | None = None
     closed: bool = False
+    heard: bool = False
     stand_in: bool = False
     head: Head = "lda"
     layers: Layers = "all"
@@ -102,7 +106,7 @@ class Memory:
         """Return all of it as tensors (floats in float64)."""
         head, layers = get_args(Head).index(self.head), get_args(Layers).index(self.layers)
         counts = [len(self.worlds), len(self.experts)]
-        flags = [self.closed, self.stand_in, *counts, head, layers, self.most]
+        flags = [self.closed, self.heard, self.stand_in, *counts, head, layers, self.most]
         state = {
             "stem": self.stem,
             "known": torch.tensor(self.known, dtype=torch.int64),
@@ -127,7 +131,7 @@ class Memory:
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> Memory:
         """Read what `as_state` wrote."""
-        closed, stand_in, worlds, experts, head, layers, most = state["flags"].tolist()
+        closed, heard, stand_in, worlds, experts, head, layers, most = state["flags"].tolist()
 
         def under(prefix: str) -> State:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -143,6 +147,7 @@ class Memory:
             known=tuple(state["known"].tolist()),
             classes=sums("classes"),
             closed=bool(closed),
+            heard=bool(heard),
             stand_in=bool(stand_in),
             head=get_args(Head)[head],
             layers=get_args(Layers)[layers],
@@ -190,8 +195,7 @@ def assembled(
     sums = memory.classes
     if memory.by_statistics:
         assert sums is not None
-        scores = Scores(sums.discriminant(memory.head))
-        return ClosedFormNet(without_head(trunk, graph.head), graph.head, scores, memory.layers)
+        return _closed(trunk, graph.head, memory, sums)
     by_world = (sums if memory.weight else None, *memory.beside)
     known = [one for one in by_world if one is not None]
     pooled = functools.reduce(ClassSums.__add__, known) if known else None
@@ -209,6 +213,18 @@ def assembled(
     if sums is None:
         mixed.nets[0] = _advised(mixed.nets[0], graph.head, memory)
     return mixed
+
+
+def _closed(net: nn.Module, head: str, memory: Memory, sums: ClassSums) -> nn.Module:
+    """Return `net` with a classifier made of class statistics, beside its own if that is heard."""
+    if not memory.heard:
+        scores = Scores(sums.discriminant(memory.head))
+        return ClosedFormNet(without_head(net, head), head, scores, memory.layers)
+    # A phone stores no more weights for it: as many features are left out as it has inputs.
+    own = net.get_submodule(head)
+    assert isinstance(own, nn.Linear)
+    scores = Scores(sums.discriminant(memory.head, spare=own.in_features), memory.weight)
+    return ClosedFormNet(net, head, scores, memory.layers, beside=True)
 
 
 def _advised(net: nn.Module, head: str, memory: Memory) -> nn.Module:

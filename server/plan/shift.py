@@ -47,8 +47,11 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     nearest, gap = _nearest(plan, memory, seen, state.step)
     world = nearest if gap < plan.config.world_gap else len(memory.worlds)
     if world == 0 and memory.plain:
+        ahead = outcome.rival_right - outcome.prior_right
         if weighed and _statistics_suffice(plan, outcome):
-            return by_statistics
+            # far ahead, the net's own classifier would only be in their way
+            heard = ahead <= plan.config.statistics_gap * outcome.heldout
+            return replace(by_statistics, memory=replace(memory, heard=heard))
         growing = begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
         )
@@ -91,7 +94,17 @@ def _learn_classes(
     known = tuple(sorted({*memory.known, *present}))
     assert state.seen is not None
     worlds = (memory.worlds[0] + state.seen, *memory.worlds[1:])
-    memory = replace(memory, classes=sums, closed=True, known=known, rival=None, worlds=worlds)
+    nearest, gap = _nearest(plan, memory, state.seen, state.step)
+    same = known == memory.known and nearest == 0 and gap < plan.config.world_gap
+    memory = replace(
+        memory,
+        classes=sums,
+        closed=True,
+        heard=memory.heard and same,
+        known=known,
+        rival=None,
+        worlds=worlds,
+    )
     learnt = replace(state, memory=memory, way="classes", heldout_grown=accuracy)
     return end_step(plan, learnt, state.prior, state.free, accuracy, None)
 

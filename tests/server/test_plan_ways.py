@@ -14,6 +14,7 @@ from fake_grid import SPEC, freed_prior, make_plan
 from common.data import ImageSet
 from common.experts import ExpertNet, expert_layout
 from common.features import ClassSums, ClosedFormNet, Discriminant, class_sums
+from common.filters import parameter_count
 from common.gate import Moments, stem_conv, stem_moments
 from common.memory import Memory, assembled, trunk_of
 from common.state import State, read_state, state_digest
@@ -168,6 +169,46 @@ def test_statistics_far_ahead_or_of_few_images_not_far_behind_learn_alone(
         assert learnt is not None
         assert learnt.counts.sum() == known.counts.sum() + 90
         assert [outcome.way for outcome in state.finished] == ["classes"]
+
+
+@pytest.mark.parametrize(
+    ("rival_right", "shift", "heard"), [(50, 0.0, True), (50, 2.0, False), (56, 0.0, False)]
+)
+def test_the_nets_own_classifier_is_heard_beside_statistics_that_are_not_far_ahead(
+    rival_right: int, shift: float, heard: bool
+) -> None:
+    """Until there are images of another world."""
+    plan = make_plan(statistics_images=21, steps=3)
+    state = looked(plan, begin(plan), rival_right=rival_right)
+    state = advance(plan, state, told(some_sums(plan, state)))
+    assert memory_of(state).heard == (rival_right == 50)
+    state = looked(plan, state, shift)
+    state = advance(plan, state, told(some_sums(plan, state)))
+    memory = memory_of(state)
+    assert (memory.closed, memory.heard) == (True, heard)
+    net = assembled(plan.net, plan.graph, state.prior, state.free, memory)
+    assert isinstance(net, ClosedFormNet)
+    assert net.beside == heard
+    x = x_of(images(seed=5))
+    features, logits = net.features(x)
+    if heard:
+        trunk = trunk_of(plan.net, plan.graph, state.prior, state.free).eval()
+        torch.testing.assert_close(logits, trunk(x))
+        torch.testing.assert_close(net(x), logits + net.scores(features))
+    else:
+        torch.testing.assert_close(net(x), net.scores(features))
+    alone = assembled(plan.net, plan.graph, state.prior, state.free, replace(memory, heard=False))
+    assert parameter_count(net) - parameter_count(alone) == (CLASSES if heard else 0)
+
+
+def test_a_classifier_is_not_heard_once_there_are_classes_that_it_does_not_know() -> None:
+    plan = make_plan(statistics_images=21, steps=3)
+    state = begin(plan, known=images(classes=CLASSES - 1))
+    state = looked(plan, state, classes=CLASSES - 1, rival_right=50)
+    state = advance(plan, state, told(some_sums(plan, state), classes=CLASSES - 1))
+    assert memory_of(state).heard
+    state = looked(plan, state)
+    assert not memory_of(advance(plan, state, told(some_sums(plan, state)))).heard
 
 
 @pytest.mark.parametrize(
@@ -591,12 +632,13 @@ def test_a_brought_priors_world_is_guessed_and_said(plan: Plan) -> None:
 
 def test_a_memory_is_read_back_as_it_was_written(plan: Plan) -> None:
     memory = memory_of(tallied(plan, grown(plan, begin(plan), 2.0)))
-    other = replace(memory, beside=(None,), classes=None, head="ncm", layers="last")
+    other = replace(memory, beside=(None,), classes=None, head="ncm", layers="last", heard=True)
     for one in (memory, other, replace(memory, rival=memory.classes)):
         state: State = one.as_state()
         assert safetensors.torch.save(state)  # no two share memory
         back = Memory.from_state(state)
         assert state_digest(back.as_state()) == state_digest(state)
         assert (back.head, back.layers, back.most) == (one.head, one.layers, one.most)
+        assert (back.closed, back.heard) == (one.closed, one.heard)
         assert (back.weight, back.known) == (one.weight, one.known)
         assert isinstance(back.worlds[0], Moments)
