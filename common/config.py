@@ -256,12 +256,13 @@ class Config(BaseModel):
     opinion_features: int = Field(
         775,
         ge=0,
-        description="most features in what they say beside a net's own classifier; 0: all",
+        description="most features in what they say beside experts or a net that the devices "
+        "trained; 0: all",
     )
     opinion_weight: NotNegative = Field(
         1.0,
-        description="weight of class statistics beside an expert's classifier, half of it beside "
-        "the whole net's; 0: not gathered",
+        description="weight of class statistics beside the classifier of an expert or of the "
+        "prior, half of it beside that of a net which the devices trained; 0: not gathered",
     )
     statistics_gap: Share = Field(
         0.05,
