@@ -70,6 +70,12 @@ STREAMS = {
         *("cifar", "instance", 2),
         f"{BASELINES},{ABLATIONS},{OFF_BY_DEFAULT},no-statistics,trained,statistics,fallow,joint,central",
     ),
+    "instance-2-longer": Table(
+        "**The same from a prior that was trained for 70 epochs** instead of 20, as long as "
+        "fallow's with its first freeing",
+        *("cifar", "instance", 2),
+        ",".join(f"{name}@prior-epochs=70" for name in ("prior", "fedavg", "lda-deep", "fallow")),
+    ),
     "instance-2-bytes": Table(
         "**The same at equal bytes**: as many rounds as what fallow sends allows",
         *("cifar", "instance", 2),
