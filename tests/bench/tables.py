@@ -180,20 +180,32 @@ def main() -> None:
 def write(name: str, folder: Path) -> None:
     """Keep what a stream's results say, without the lines of its rounds.
 
-    Rows of methods that an earlier version ran, and this one has not, stay as they are.
+    Rows of methods that an earlier version ran, and this one has not, stay as they are. Methods
+    that only another table of the same stream has are kept there.
     """
-    stream = (STREAMS[name].protocol, STREAMS[name].parts)
+    table = STREAMS[name]
+    stream = (table.protocol, table.parts)
+    others = {
+        method
+        for other in STREAMS.values()
+        if (other.data, other.protocol, other.parts) == (table.data, *stream)
+        for method in other.methods.split(",")
+    }.difference(table.methods.split(","))
     results = json.loads((folder / "results.json").read_text())
 
     def mine(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row for row in rows if (row["protocol"], row["parts"]) == stream]
+        return [
+            row
+            for row in rows
+            if (row["protocol"], row["parts"]) == stream and row["method"] not in others
+        ]
 
     cells = [{k: v for k, v in cell.items() if k != "rounds"} for cell in mine(results["cells"])]
     kept = {"stream": name, "table": mine(results["table"]), "cells": cells}
     before = json.loads(_target(name).read_text()) if _target(name).exists() else {}
     for part in ("table", "cells"):
         again = {row["method"] for row in kept[part]}
-        kept[part] += [row for row in before.get(part, []) if row["method"] not in again]
+        kept[part] += [row for row in before.get(part, []) if row["method"] not in again | others]
     _target(name).write_text(json.dumps(kept, indent=1) + "\n")
     print(markdown(name))
 
