@@ -121,12 +121,41 @@ def quantise(fp32_path: Path, out_path: Path, calibration: Pixels) -> OnnxReport
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=statistics_nodes(model),
             # 256 levels for the logits would make ties: half of all disagreements with fp32.
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
         )
         model = onnx.load(quantised)
     metadata["quantisation"] = "static QDQ: uint8 activations, int8 weights per output channel"
     return write_model(model, out_path, metadata)
+
+
+def statistics_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the nodes that make scores of class statistics out of feature maps.
+
+    They stay in float: features of all layers in one tensor share one scale of 256 levels, and the
+    classifier weighs differences between them that are smaller than that. They are few operations,
+    since all convolutions come before them.
+    """
+    maker = {name: node for node in model.graph.node for name in node.output}
+
+    def with_sources(of: list[onnx.NodeProto]) -> set[str]:
+        seen, waiting = set[str](), of
+        while waiting:
+            node, *waiting = waiting
+            if node.name not in seen:
+                seen.add(node.name)
+                waiting += [maker[name] for name in node.input if name in maker]
+        return seen
+
+    nodes = list(model.graph.node)
+    convs = [node for node in nodes if node.op_type == "Conv"]
+    # scores are of features that were chosen
+    chosen = [node for node in nodes if node.op_type == "Gather" and node.input[0] in maker]
+    scores = [
+        node for node in nodes if node.op_type == "Gemm" and maker.get(node.input[0]) in chosen
+    ]
+    return sorted(with_sources(scores) - with_sources(convs))
 
 
 def compare(

@@ -15,8 +15,9 @@ from torch import nn
 
 from common.data.normalise import Normalisation
 from common.errors import DataError
+from common.features import ClosedFormNet, Scores, class_sums
 from server.export import export_onnx, open_session, run_logits
-from server.quantise import compare, quantise
+from server.quantise import compare, quantise, statistics_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMALISATION = Normalisation(mean=(0.3,), std=(0.38,))
@@ -108,6 +109,28 @@ def test_convolutions_have_int8_weights_with_a_scale_per_channel(int8: Path) -> 
             assert list(scale.dims) == [weight.dims[0]]
     activations = {n.input[2] for n in graph.node if n.op_type == "QuantizeLinear"}
     assert {tensors[name].data_type for name in activations} == {onnx.TensorProto.UINT8}
+
+
+def test_scores_of_class_statistics_stay_in_float(
+    net: nn.Module, fp32: Path, tmp_path: Path
+) -> None:
+    images, labels = digits()
+    x, y = NORMALISATION.to_tensor(images[:TRAIN]), torch.from_numpy(labels[:TRAIN])
+    sums = class_sums(net, "6", x, y, 10)
+    closed = ClosedFormNet(copy.deepcopy(net).eval(), "6", Scores(sums.discriminant()), beside=True)
+    path = export(closed, tmp_path / "model.onnx")
+    quantise(path, tmp_path / "int8.onnx", images[:256])
+    tensors = {t.name: t for t in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    assert sum(name.endswith("weight_quantized") for name in tensors) == 4
+    (scores,) = (t for name, t in tensors.items() if name.endswith("scores.classifier.weight"))
+    assert scores.data_type == onnx.TensorProto.FLOAT
+    kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
+    left = [kinds[name] for name in statistics_nodes(onnx.load(path))]
+    assert left.count("Gemm") == 1
+    assert "Conv" not in left
+    assert statistics_nodes(onnx.load(fp32)) == []
+    report = compare(path, tmp_path / "int8.onnx", images[TRAIN:], labels[TRAIN:], repeats=1)
+    assert report.agreement > 0.98
 
 
 def test_metadata_are_kept_and_name_the_quantisation(fp32: Path, int8: Path) -> None:
