@@ -65,7 +65,7 @@ chaos: env ## faults at length: kills, full disks, fuzzed and hostile updates
 simulate: env ## the same through `flwr run` on Ray (DATA=digits or a path)
 	PATH="$(abspath $(BIN)):$$PATH" deploy/flwr-run.sh $(OUT)-flower $(DATA)
 
-bench: env ## reproduce the tables of the README (DATA=folder with CIFAR-10; 15 minutes)
+bench: env ## reproduce the tables of the README (DATA=folder with CIFAR-10; half an hour)
 	$(BIN)/python tests/bench/main_job.py --case four-steps
 	$(BIN)/python tests/bench/main_job.py --case two-steps --data $(DATA)
 
