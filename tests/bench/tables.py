@@ -76,6 +76,11 @@ STREAMS = {
         *("cifar", "instance", 2),
         ",".join(f"{name}@prior-epochs=70" for name in ("prior", "fedavg", "lda-deep", "fallow")),
     ),
+    "class-2-longer": Table(
+        "**New classes from a prior that was trained for 70 epochs**",
+        *("cifar", "class", 2),
+        ",".join(f"{name}@prior-epochs=70" for name in ("prior", "lda", "lda-deep")),
+    ),
     "instance-2-bytes": Table(
         "**The same at equal bytes**: as many rounds as what fallow sends allows",
         *("cifar", "instance", 2),
