@@ -192,10 +192,9 @@ def assembled(
         return trunk
     if memory.plain:
         return _advised(trunk, graph.head, memory)
-    sums = memory.classes
     if memory.by_statistics:
-        assert sums is not None
-        return _closed(trunk, graph.head, memory, sums)
+        return _closed(trunk, graph.head, memory)
+    sums = memory.classes
     by_world = (sums if memory.weight else None, *memory.beside)
     known = [one for one in by_world if one is not None]
     pooled = functools.reduce(ClassSums.__add__, known) if known else None
@@ -215,8 +214,10 @@ def assembled(
     return mixed
 
 
-def _closed(net: nn.Module, head: str, memory: Memory, sums: ClassSums) -> nn.Module:
+def _closed(net: nn.Module, head: str, memory: Memory) -> nn.Module:
     """Return `net` with a classifier made of class statistics, beside its own if that is heard."""
+    sums = memory.classes
+    assert sums is not None
     if not memory.heard:
         scores = Scores(sums.discriminant(memory.head))
         return ClosedFormNet(without_head(net, head), head, scores, memory.layers)

@@ -139,10 +139,10 @@ def statistics_nodes(model: onnx.ModelProto) -> list[str]:
     """
     maker = {name: node for node in model.graph.node for name in node.output}
 
-    def with_sources(of: list[onnx.NodeProto]) -> set[str]:
-        seen, waiting = set[str](), of
+    def with_sources(waiting: list[onnx.NodeProto]) -> set[str]:
+        seen = set[str]()
         while waiting:
-            node, *waiting = waiting
+            node = waiting.pop()
             if node.name not in seen:
                 seen.add(node.name)
                 waiting += [maker[name] for name in node.input if name in maker]
@@ -151,10 +151,9 @@ def statistics_nodes(model: onnx.ModelProto) -> list[str]:
     nodes = list(model.graph.node)
     convs = [node for node in nodes if node.op_type == "Conv"]
     # scores are of features that were chosen
-    chosen = [node for node in nodes if node.op_type == "Gather" and node.input[0] in maker]
-    scores = [
-        node for node in nodes if node.op_type == "Gemm" and maker.get(node.input[0]) in chosen
-    ]
+    gathers = [node for node in nodes if node.op_type == "Gather" and node.input[0] in maker]
+    chosen = {name for node in gathers for name in node.output}
+    scores = [node for node in nodes if node.op_type == "Gemm" and node.input[0] in chosen]
     return sorted(with_sources(scores) - with_sources(convs))
 
 

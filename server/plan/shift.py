@@ -40,17 +40,17 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     new_classes = set(present) - set(memory.known)
     alone = plan.config.shift == "statistics" or memory.by_statistics
     by_statistics = replace(state, round=1, seen=seen, way="classes", heldout_prior=_prior(outcome))
-    if (alone or new_classes) and memory.classes is not None:
-        return by_statistics
     if memory.stand_in and memory.plain:
         memory = replace(memory, worlds=(likened(memory.worlds[0], seen), *memory.worlds[1:]))
     nearest, gap = _nearest(plan, memory, seen, state.step)
     world = nearest if gap < plan.config.world_gap else len(memory.worlds)
+    if (alone or new_classes) and memory.classes is not None:
+        heard = memory.heard and world == 0
+        return replace(by_statistics, memory=replace(memory, heard=heard))
     if world == 0 and memory.plain:
-        ahead = outcome.rival_right - outcome.prior_right
         if weighed and _statistics_suffice(plan, outcome):
             # far ahead, the net's own classifier would only be in their way
-            heard = ahead <= plan.config.statistics_gap * outcome.heldout
+            heard = not _ahead(outcome, plan.config.statistics_gap)
             return replace(by_statistics, memory=replace(memory, heard=heard))
         growing = begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
@@ -94,13 +94,11 @@ def _learn_classes(
     known = tuple(sorted({*memory.known, *present}))
     assert state.seen is not None
     worlds = (memory.worlds[0] + state.seen, *memory.worlds[1:])
-    nearest, gap = _nearest(plan, memory, state.seen, state.step)
-    same = known == memory.known and nearest == 0 and gap < plan.config.world_gap
     memory = replace(
         memory,
         classes=sums,
         closed=True,
-        heard=memory.heard and same,
+        heard=memory.heard and known == memory.known,
         known=known,
         rival=None,
         worlds=worlds,
@@ -127,11 +125,15 @@ def _statistics_suffice(plan: Plan, outcome: Outcome) -> bool:
     rounds would teach. Where images are few it need only not be far behind: statistics of all
     images so far add up exactly, while training has the step's alone, and overfits them.
     """
-    ahead = outcome.rival_right - outcome.prior_right
     present = sum(count > 0 for count in outcome.class_counts)
     few = sum(outcome.class_counts) < plan.config.statistics_images * present
-    gap = plan.config.statistics_gap * outcome.heldout
-    return ahead > (-gap if few else gap)
+    gap = plan.config.statistics_gap
+    return _ahead(outcome, -gap if few else gap)
+
+
+def _ahead(outcome: Outcome, share: float) -> bool:
+    """Return whether the rival gets more than `share` of the images more right than the prior."""
+    return outcome.rival_right - outcome.prior_right > share * outcome.heldout
 
 
 def _prior(outcome: Outcome) -> float:

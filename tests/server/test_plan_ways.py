@@ -105,6 +105,11 @@ def some_sums(plan: Plan, state: RunState) -> np.ndarray:
     return ClassSums.of(drawn, labels, CLASSES).pack()
 
 
+def learnt(plan: Plan, state: RunState, classes: int = CLASSES) -> RunState:
+    """A step that is learnt by class statistics, after the look."""
+    return advance(plan, state, told(some_sums(plan, state), classes))
+
+
 def trained(plan: Plan, state: RunState) -> RunState:
     """A round of an expert that learns a little."""
     layout = layout_of(plan, state)
@@ -163,11 +168,11 @@ def test_statistics_far_ahead_or_of_few_images_not_far_behind_learn_alone(
     if way == "classes":
         assert order_of(plan, state).by_class
         assert order_of(plan, state).rival is None
-        state = advance(plan, state, told(some_sums(plan, state)))
-        learnt = memory_of(state).classes
+        state = learnt(plan, state)
+        now = memory_of(state).classes
         assert known is not None
-        assert learnt is not None
-        assert learnt.counts.sum() == known.counts.sum() + 90
+        assert now is not None
+        assert now.counts.sum() == known.counts.sum() + 90
         assert [outcome.way for outcome in state.finished] == ["classes"]
 
 
@@ -179,11 +184,9 @@ def test_the_nets_own_classifier_is_heard_beside_statistics_that_are_not_far_ahe
 ) -> None:
     """Until there are images of another world."""
     plan = make_plan(statistics_images=21, steps=3)
-    state = looked(plan, begin(plan), rival_right=rival_right)
-    state = advance(plan, state, told(some_sums(plan, state)))
+    state = learnt(plan, looked(plan, begin(plan), rival_right=rival_right))
     assert memory_of(state).heard == (rival_right == 50)
-    state = looked(plan, state, shift)
-    state = advance(plan, state, told(some_sums(plan, state)))
+    state = learnt(plan, looked(plan, state, shift))
     memory = memory_of(state)
     assert (memory.closed, memory.heard) == (True, heard)
     net = assembled(plan.net, plan.graph, state.prior, state.free, memory)
@@ -205,10 +208,9 @@ def test_a_classifier_is_not_heard_once_there_are_classes_that_it_does_not_know(
     plan = make_plan(statistics_images=21, steps=3)
     state = begin(plan, known=images(classes=CLASSES - 1))
     state = looked(plan, state, classes=CLASSES - 1, rival_right=50)
-    state = advance(plan, state, told(some_sums(plan, state), classes=CLASSES - 1))
+    state = learnt(plan, state, classes=CLASSES - 1)
     assert memory_of(state).heard
-    state = looked(plan, state)
-    assert not memory_of(advance(plan, state, told(some_sums(plan, state)))).heard
+    assert not memory_of(learnt(plan, looked(plan, state))).heard
 
 
 @pytest.mark.parametrize(
