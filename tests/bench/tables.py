@@ -64,6 +64,12 @@ class Table:
     worlds: tuple[str, ...] = ()
 
 
+def found(search: str) -> str:
+    """Return the methods with the settings that `search.py` found for them, with commas."""
+    methods = json.loads((HERE / "results" / f"search-{search}.json").read_text())["methods"]
+    return ",".join(method["best"] for method in methods)
+
+
 STREAMS = {
     "instance-2": Table(
         "**Same classes, same world** (CIFAR-10, a prior of 5,000 images and 5,000 new ones)",
@@ -75,6 +81,11 @@ STREAMS = {
         "fallow's with its first freeing",
         *("cifar", "instance", 2),
         ",".join(f"{name}@prior-epochs=70" for name in ("prior", "fedavg", "lda-deep", "fallow")),
+    ),
+    "instance-2-tuned": Table(
+        "**The same with the baselines' own settings as the search found them**",
+        *("cifar", "instance", 2),
+        found("instance-2"),
     ),
     "class-2-longer": Table(
         "**New classes from a prior that was trained for 70 epochs**",
@@ -103,6 +114,11 @@ STREAMS = {
         "**Another world** (CIFAR-10, the new images dark, blurred and noisy)",
         *("cifar", "domain", 2),
         f"{BASELINES},{ABLATIONS},two-models,statistics,no-statistics,fallow,joint",
+    ),
+    "domain-2-tuned": Table(
+        "**The same with the baselines' own settings as the search found them**",
+        *("cifar", "domain", 2),
+        found("domain-2"),
     ),
     "domain-5": Table(
         "**Four other worlds, one after the other** (CIFAR-10, 5,000 images each: dark, inverted, "
