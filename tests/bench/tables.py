@@ -213,20 +213,20 @@ def write(name: str, folder: Path) -> None:
         for method in other.methods.split(",")
     }.difference(table.methods.split(","))
     results = json.loads((folder / "results.json").read_text())
-
-    def mine(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            row
-            for row in rows
-            if (row["protocol"], row["parts"]) == stream and row["method"] not in others
-        ]
-
-    cells = [{k: v for k, v in cell.items() if k != "rounds"} for cell in mine(results["cells"])]
-    kept = {"stream": name, "table": mine(results["table"]), "cells": cells}
     before = json.loads(_target(name).read_text()) if _target(name).exists() else {}
+
+    def mine(row: dict[str, Any]) -> bool:
+        return (row["protocol"], row["parts"]) == stream and row["method"] not in others
+
+    kept: dict[str, Any] = {"stream": name}
     for part in ("table", "cells"):
-        again = {row["method"] for row in kept[part]}
-        kept[part] += [row for row in before.get(part, []) if row["method"] not in again | others]
+        new = [
+            {k: v for k, v in row.items() if part == "table" or k != "rounds"}
+            for row in filter(mine, results[part])
+        ]
+        again = {row["method"] for row in new}
+        old = filter(mine, before.get(part, []))
+        kept[part] = new + [row for row in old if row["method"] not in again]
     _target(name).write_text(json.dumps(kept, indent=1) + "\n")
     print(markdown(name))
 
