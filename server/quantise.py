@@ -121,7 +121,7 @@ def quantise(fp32_path: Path, out_path: Path, calibration: Pixels) -> OnnxReport
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=statistics_nodes(model),
+            nodes_to_exclude=float_nodes(model),
             # 256 levels for the logits would make ties: half of all disagreements with fp32.
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
         )
@@ -130,12 +130,13 @@ def quantise(fp32_path: Path, out_path: Path, calibration: Pixels) -> OnnxReport
     return write_model(model, out_path, metadata)
 
 
-def statistics_nodes(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the nodes that make scores of class statistics out of feature maps.
+def float_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the nodes that stay in float: few operations behind the convolutions.
 
-    They stay in float: features of all layers in one tensor share one scale of 256 levels, and the
-    classifier weighs differences between them that are smaller than that. They are few operations,
-    since all convolutions come before them.
+    Those that no convolution and no classifier of a net's own needs, the gate's and the mixing of
+    what experts say: log probabilities of hundreds and of tenths share one scale of 256 levels.
+    And those that make scores of class statistics out of feature maps: so do features of all
+    layers, and the classifier weighs differences between them that are smaller than that.
     """
     maker = {name: node for node in model.graph.node for name in node.output}
 
@@ -153,8 +154,11 @@ def statistics_nodes(model: onnx.ModelProto) -> list[str]:
     # scores are of features that were chosen
     gathers = [node for node in nodes if node.op_type == "Gather" and node.input[0] in maker]
     chosen = {name for node in gathers for name in node.output}
-    scores = [node for node in nodes if node.op_type == "Gemm" and node.input[0] in chosen]
-    return sorted(with_sources(scores) - with_sources(convs))
+    classifiers = [node for node in nodes if node.op_type == "Gemm"]
+    scores = [node for node in classifiers if node.input[0] in chosen]
+    own = [node for node in classifiers if node.input[0] not in chosen]
+    needed = with_sources(convs) | (with_sources(own) - with_sources(scores))
+    return sorted({node.name for node in nodes} - needed)
 
 
 def compare(

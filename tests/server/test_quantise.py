@@ -15,9 +15,12 @@ from torch import nn
 
 from common.data.normalise import Normalisation
 from common.errors import DataError
+from common.experts import ExpertNet, changed_by, expert_layout
 from common.features import ClosedFormNet, Scores, class_sums
+from common.gate import stem_conv, stem_moments
+from common.state import read_state
 from server.export import export_onnx, open_session, run_logits
-from server.quantise import compare, quantise, statistics_nodes
+from server.quantise import compare, float_nodes, quantise
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMALISATION = Normalisation(mean=(0.3,), std=(0.38,))
@@ -125,12 +128,37 @@ def test_scores_of_class_statistics_stay_in_float(
     (scores,) = (t for name, t in tensors.items() if name.endswith("scores.classifier.weight"))
     assert scores.data_type == onnx.TensorProto.FLOAT
     kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
-    left = [kinds[name] for name in statistics_nodes(onnx.load(path))]
+    left = [kinds[name] for name in float_nodes(onnx.load(path))]
     assert left.count("Gemm") == 1
     assert "Conv" not in left
-    assert statistics_nodes(onnx.load(fp32)) == []
+    assert float_nodes(onnx.load(fp32)) == []
     report = compare(path, tmp_path / "int8.onnx", images[TRAIN:], labels[TRAIN:], repeats=1)
     assert report.agreement > 0.98
+
+
+def test_gate_and_mixing_of_experts_stay_in_float(net: nn.Module, tmp_path: Path) -> None:
+    images, labels = digits()
+    both = np.concatenate([images, 255 - images])
+    worlds = [NORMALISATION.to_tensor(half[:TRAIN]) for half in (images, 255 - images)]
+    there = copy.deepcopy(net).train()
+    with torch.no_grad():
+        for rows in worlds[1].split(100):
+            there(rows)  # its batch normalisations learn the other world
+    expert = changed_by(expert_layout(net, "6", 0.05), read_state(there))
+    stem = stem_conv(net)
+    looks = [stem_moments(stem, world) for world in worlds]
+    told = [False, False]
+    mixed = ExpertNet(net, [expert], looks, stem.weight.detach(), "6", told, None, 0.0)
+    path = export(mixed, tmp_path / "model.onnx")
+    quantise(path, tmp_path / "int8.onnx", both[::10])
+    kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
+    left = [kinds[name] for name in float_nodes(onnx.load(path))]
+    assert left.count("LogSoftmax") == 3
+    assert "ReduceLogSumExp" in left
+    assert "MatMul" in left
+    assert not {"Conv", "Gemm"} & set(left)
+    report = compare(path, tmp_path / "int8.onnx", both, np.tile(labels, 2), repeats=1)
+    assert report.agreement > 0.95
 
 
 def test_metadata_are_kept_and_name_the_quantisation(fp32: Path, int8: Path) -> None:
