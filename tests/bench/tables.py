@@ -95,7 +95,7 @@ STREAMS = {
     "instance-2-bytes": Table(
         "**The same at equal bytes**: as many rounds as what fallow sends allows",
         *("cifar", "instance", 2),
-        "fedavg,fedavg-int8,fallow",
+        "fedavg,fedavg-int8,fedavg-freed@codec-up=int8+codec-down=int8,fallow",
         ("--budget=bytes",),
     ),
     "instance-2-compute": Table(
