@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_nets import Dense, PreActivation
 from torch import Tensor, nn
 
 from common.errors import ConfigError, DataError, NetError, StoreError
@@ -56,26 +57,6 @@ class Chain(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class Dense(nn.Module):
-    """Concatenation, read through a BatchNorm over both parts, as in DenseNet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.bn_a = nn.BatchNorm2d(6)
-        self.grow1 = nn.Conv2d(6, 4, 3, padding=1)
-        self.bn_b = nn.BatchNorm2d(10)
-        self.grow2 = nn.Conv2d(10, 4, 3, padding=1)
-        self.bn_c = nn.BatchNorm2d(14)
-        self.fc = nn.Linear(14, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.cat([x, self.grow1(F.relu(self.bn_a(x)))], 1)
-        x = torch.cat([x, self.grow2(F.relu(self.bn_b(x)))], 1)
-        return self.fc(F.relu(self.bn_c(x)).mean((2, 3)))
-
-
 class Flat(nn.Module):
     """A flatten of 4 x 4 pixels a channel, and a hidden linear layer."""
 
@@ -89,23 +70,6 @@ class Flat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 4)
         return self.fc(F.relu(self.hidden(torch.flatten(x, 1))))
-
-
-class PreActivation(nn.Module):
-    """A residual stream that is read only through BatchNorms (ResNet v2)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv0 = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv0(x)
-        x = x + self.conv1(F.relu(self.bn1(x)))
-        return self.fc(F.relu(self.bn2(x)).mean((2, 3)))
 
 
 class Squeeze(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from own_nets import Dense
 from torch import Tensor, nn
 
 from common.data import Augment
@@ -24,26 +25,6 @@ from common.train import Labelled, Recipe, Trained, accuracy_of, batch_sizes, pr
 
 CLASSES = 4
 NO_AUGMENT = Augment(0, False)
-
-
-class Dense(nn.Module):
-    """Concatenation, read through a BatchNorm over both parts, as in DenseNet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.bn_a = nn.BatchNorm2d(6)
-        self.grow1 = nn.Conv2d(6, 4, 3, padding=1)
-        self.bn_b = nn.BatchNorm2d(10)
-        self.grow2 = nn.Conv2d(10, 4, 3, padding=1)
-        self.bn_c = nn.BatchNorm2d(14)
-        self.fc = nn.Linear(14, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.cat([x, self.grow1(F.relu(self.bn_a(x)))], 1)
-        x = torch.cat([x, self.grow2(F.relu(self.bn_b(x)))], 1)
-        return self.fc(F.relu(self.bn_c(x)).mean((2, 3)))
 
 
 class Classic(nn.Module):
@@ -70,7 +51,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet8": (lambda: build("resnet8", CLASSES, 3, 4), 16),
     "vgg11": (lambda: build("vgg11", CLASSES, 3, 4), 32),
     "mobilenetv2": (lambda: build("mobilenetv2", CLASSES, 3, 0.25), 16),
-    "concatenation": (Dense, 16),
+    "concatenation": (lambda: Dense(CLASSES), 16),
     "classic": (Classic, 16),
 }
 # A hidden layer between the filters and the head is not in scope "rows", so there freed filters

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from own_nets import Dense
 from torch import Tensor, nn
 
 from common.errors import ConfigError
@@ -18,23 +19,6 @@ from common.state import State, read_state, state_digest, write_state
 from common.train import predict
 
 PURE = {rule: Diversity(**{r: float(r == rule) for r in RULES}) for rule in RULES}
-
-
-class Dense(nn.Module):
-    """Concatenation, read through a BatchNorm over both parts; biases everywhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.bn_a = nn.BatchNorm2d(6)
-        self.grow = nn.Conv2d(6, 4, 3, padding=1)
-        self.bn_b = nn.BatchNorm2d(10)
-        self.fc = nn.Linear(10, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.cat([x, self.grow(F.relu(self.bn_a(x)))], 1)
-        return self.fc(F.relu(self.bn_b(x)).mean((2, 3)))
 
 
 class Hidden(nn.Module):

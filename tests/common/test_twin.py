@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_nets import PreActivation
 from torch import Tensor, nn
 
 from common import twin_cache
@@ -60,23 +61,6 @@ class Concatenation(nn.Module):
         x = torch.cat((x, self.grow2(F.relu(self.bn_b(x)))), dim=1)
         x = F.adaptive_avg_pool2d(F.gelu(self.bn_c(x)), 2)
         return self.fc(torch.flatten(x, 1))
-
-
-class PreActivation(nn.Module):
-    """ResNet v2: a residual stream that is read only through BatchNorms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv0 = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv0(x)
-        x = x + self.conv1(F.relu(self.bn1(x)))
-        return self.fc(F.relu(self.bn2(x)).mean((2, 3)))
 
 
 class InPlace(nn.Module):
