@@ -99,15 +99,15 @@ STREAMS = {
         ",".join(f"{name}@prior-epochs=70" for name in ("prior", "lda", "lda-deep")),
     ),
     "instance-2-bytes": Table(
-        "**The same at equal bytes**: as many rounds as what fallow sends allows, one of FedAvg's and "
-        "six in int8",
+        "**The same at equal bytes**: as many rounds as what fallow sends allows, one of "
+        "FedAvg's and six in int8",
         *("cifar", "instance", 2),
         "fedavg,fedavg-int8,fedavg-freed@codec-up=int8+codec-down=int8,fallow",
         ("--budget=bytes",),
     ),
     "instance-2-compute": Table(
-        "**The same at equal device time**: as many rounds as the time of fallow's devices allows, one "
-        "of FedAvg's",
+        "**The same at equal device time**: as many rounds as the time of fallow's devices allows, "
+        "one of FedAvg's",
         *("cifar", "instance", 2),
         "fedavg,fallow",
         ("--budget=compute",),
