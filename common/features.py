@@ -172,19 +172,19 @@ class ClassSums:
         """Return those of some features alone."""
         return ClassSums(self.counts, self.sums[:, chosen], self.second[np.ix_(chosen, chosen)])
 
-    def discriminant(self, kind: Head = "lda", most: int = 0, spare: int = 0) -> Discriminant:
-        """Return the classifier with at most `most` features, and at least `spare` fewer than all.
+    def discriminant(self, kind: Head = "lda", most: int = 0, limit: int = 0) -> Discriminant:
+        """Return the classifier with at most `most` features, and at most `limit`.
 
-        `most` 0 is no limit; if there is one, half as many features as there were images is one
-        too.
+        0 is no limit; if there is `most`, half as many features as there were images is one too.
 
         Features without which the classes would be told apart nearly as well are left out by
         tenths: leaving one out costs its weight's square over its diagonal element of the inverse
         covariance (Hassibi & Stork, "Optimal brain surgeon", NIPS 1992). A phone has fewer weights
         to store, and few images are overfitted less.
         """
-        few = min(most, int(self.counts.sum() / 2)) if most else self.sums.shape[1]
-        chosen = self._telling(kind, max(2, min(few, self.sums.shape[1] - spare)))
+        size = self.sums.shape[1]
+        few = min(most, int(self.counts.sum() / 2)) if most else size
+        chosen = self._telling(kind, max(2, min(few, limit or size)))
         weight, bias = self.of_features(chosen).classifier(kind)
         there = self.counts > 0
         # What all classes' scores have in common tells none from another, and is so large that

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from common.experts import ExpertNet
-from common.features import ClassSums, ClosedFormNet, Head, Layers, Scores, without_head
+from common.features import (
+    ClassSums,
+    ClosedFormNet,
+    Discriminant,
+    Head,
+    Layers,
+    Scores,
+    without_head,
+)
 from common.filters import FilterGraph, FreeSet, cut
 from common.gate import Moments
 from common.state import State, write_state
@@ -53,6 +61,8 @@ class Memory:
         Of which features.
     most : int
         Of how many of them at most, beside a net's own classifier; 0 is all.
+    limit : int
+        Of how many of them at most in any case; 0 is all.
     beside : tuple of ClassSums or None
         For every expert, class statistics of its own features; None where there are none.
     weight : float
@@ -79,6 +89,7 @@ class Memory:
     head: Head = "lda"
     layers: Layers = "all"
     most: int = 0
+    limit: int = 0
     beside: tuple[ClassSums | None, ...] = ()
     weight: float = 0.0
     rival: ClassSums | None = None
@@ -102,11 +113,20 @@ class Memory:
         """Weight of `opinion`: it has seen the newest images alone, which were trained on, too."""
         return self.weight / 2
 
+    def advisor(self, sums: ClassSums) -> Discriminant:
+        """Return the classifier of `sums` that is heard beside a net's own."""
+        return sums.discriminant(self.head, self.most, self.limit)
+
+    def answer(self, sums: ClassSums) -> Discriminant:
+        """Return the one that answers for a net."""
+        return sums.discriminant(self.head, limit=self.limit)
+
     def as_state(self) -> State:
         """Return all of it as tensors (floats in float64)."""
         head, layers = get_args(Head).index(self.head), get_args(Layers).index(self.layers)
         counts = [len(self.worlds), len(self.experts)]
-        flags = [self.closed, self.heard, self.stand_in, *counts, head, layers, self.most]
+        limits = [self.most, self.limit]
+        flags = [self.closed, self.heard, self.stand_in, *counts, head, layers, *limits]
         state = {
             "stem": self.stem,
             "known": torch.tensor(self.known, dtype=torch.int64),
@@ -131,7 +151,8 @@ class Memory:
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> Memory:
         """Read what `as_state` wrote."""
-        closed, heard, stand_in, worlds, experts, head, layers, most = state["flags"].tolist()
+        flags = state["flags"].tolist()
+        closed, heard, stand_in, worlds, experts, head, layers, most, limit = flags
 
         def under(prefix: str) -> State:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -152,6 +173,7 @@ class Memory:
             head=get_args(Head)[head],
             layers=get_args(Layers)[layers],
             most=most,
+            limit=limit,
             beside=tuple(sums(f"beside.{number}") for number in range(experts)),
             weight=float(state["weight"][0]),
             rival=sums("rival"),
@@ -205,7 +227,7 @@ def assembled(
         memory.stem,
         graph.head,
         [one is not None for one in by_world],
-        None if pooled is None else pooled.discriminant(memory.head, memory.most),
+        None if pooled is None else memory.advisor(pooled),
         memory.weight,
         closed=memory.closed,
     )
@@ -219,12 +241,14 @@ def _closed(net: nn.Module, head: str, memory: Memory) -> nn.Module:
     sums = memory.classes
     assert sums is not None
     if not memory.heard:
-        scores = Scores(sums.discriminant(memory.head))
+        scores = Scores(memory.answer(sums))
         return ClosedFormNet(without_head(net, head), head, scores, memory.layers)
     # A phone stores no more weights for it: as many features are left out as it has inputs.
     own = net.get_submodule(head)
     assert isinstance(own, nn.Linear)
-    scores = Scores(sums.discriminant(memory.head, spare=own.in_features), memory.weight)
+    fewer = sums.sums.shape[1] - own.in_features
+    limit = min(memory.limit or fewer, fewer)
+    scores = Scores(sums.discriminant(memory.head, limit=limit), memory.weight)
     return ClosedFormNet(net, head, scores, memory.layers, beside=True)
 
 
@@ -232,6 +256,5 @@ def _advised(net: nn.Module, head: str, memory: Memory) -> nn.Module:
     """Return `net` with the opinion beside its own classifier, if there is one."""
     if memory.opinion is None:
         return net
-    discriminant = memory.opinion.discriminant(memory.head, memory.most).impartial()
-    scores = Scores(discriminant, memory.opinion_weight)
+    scores = Scores(memory.advisor(memory.opinion).impartial(), memory.opinion_weight)
     return ClosedFormNet(net, head, scores, OPINION_LAYERS, beside=True)

@@ -30,7 +30,7 @@ from server.files import Files, open_files
 from server.plan import Carried, RunState, StepOutcome
 from server.shared import Shared
 
-_FORMAT = 3
+_FORMAT = 4
 _KEEP = 2
 
 

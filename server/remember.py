@@ -8,7 +8,7 @@ from torch import nn
 
 from common.data import ImageSet, Normalisation
 from common.features import class_sums
-from common.filters import FreeSet
+from common.filters import FreeSet, parameter_count
 from common.gate import Moments, stem_conv, stem_moments
 from common.memory import Memory, trunk_of
 from common.state import State
@@ -16,6 +16,12 @@ from common.train import Labelled
 from server.plan import Plan, mirrors
 
 _STAND_IN_IMAGES = 1000.0
+_STATISTICS_SHARE = 1 / 6
+"""Most parameters of a classifier of class statistics, as a share of the trunk's.
+
+With many classes it would be larger than what slimming has saved, and no better: 36 classes are
+told apart as well by 775 features as by 1,280.
+"""
 
 
 def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -> Memory | None:
@@ -38,9 +44,10 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
     stem = stem_conv(trunk)
     weight = stem.weight.detach().clone().contiguous()
     classes = plan.spec.classes
+    limit = _most_features(trunk, plan.graph.head, classes)
     if images is None or not len(images):
         guess = _guess(trunk)
-        return Memory(weight, (guess,), known=tuple(range(classes)), stand_in=True)
+        return Memory(weight, (guess,), known=tuple(range(classes)), stand_in=True, limit=limit)
     data = Labelled.of(images, Normalisation(plan.spec.mean, plan.spec.std))
     return Memory(
         weight,
@@ -58,8 +65,16 @@ def remember(plan: Plan, state: State, free: FreeSet, images: ImageSet | None) -
         head=config.statistics_head,
         layers=config.statistics_features,
         most=config.opinion_features,
+        limit=limit,
         weight=config.opinion_weight,
     )
+
+
+def _most_features(trunk: nn.Module, head: str, classes: int) -> int:
+    """Return how many features a classifier has at most; as many as the net's own in any case."""
+    own = trunk.get_submodule(head)
+    assert isinstance(own, nn.Linear)
+    return max(own.in_features, int(_STATISTICS_SHARE * parameter_count(trunk) / classes))
 
 
 def _guess(trunk: nn.Module) -> Moments:

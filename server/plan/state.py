@@ -186,9 +186,8 @@ class RunState:
         rival, memory = None, self.memory
         comparing = self.phase in ("look", "tally", "advise")
         if comparing and memory is not None and memory.rival is not None:
-            most = memory.most if self.phase == "advise" else 0
-            size = memory.rival.sums.shape[1]
-            rival = memory.rival.discriminant(memory.head, most).pack(size)
+            made = memory.advisor if self.phase == "advise" else memory.answer
+            rival = made(memory.rival).pack(memory.rival.sums.shape[1])
         found = {"anchor": self.carried.anchor, "replay": self.synthetic, "rival": rival}
         return {
             name: (state_digest({name: torch.from_numpy(array)}), array)

@@ -190,11 +190,13 @@ def test_a_classifier_of_some_features_travels_as_one_of_all() -> None:
     torch.testing.assert_close(scores(back, features), scores(few, features), rtol=1e-4, atol=1e-4)
 
 
-def test_features_are_spared_where_a_nets_own_classifier_is_stored_as_well() -> None:
+def test_a_limit_of_features_holds_beside_the_other() -> None:
     sums = ClassSums.of(*blobs(9, size=6), CLASSES)
-    assert len(sums.discriminant("lda", spare=2).chosen) == 4  # not half as many as images
-    assert len(sums.discriminant("lda", 3, spare=2).chosen) == 3
-    assert len(sums.discriminant("lda", spare=9).chosen) == 2
+    assert len(sums.discriminant("lda").chosen) == 6
+    assert len(sums.discriminant("lda", limit=5).chosen) == 5  # not half as many as images
+    assert len(sums.discriminant("lda", 5, limit=5).chosen) == 4
+    assert len(sums.discriminant("lda", 3, limit=5).chosen) == 3
+    assert len(sums.discriminant("lda", limit=1).chosen) == 2
 
 
 def test_scale_and_shift_are_a_batch_normalisation_in_inference() -> None:

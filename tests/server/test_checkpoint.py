@@ -257,8 +257,8 @@ def test_a_checkpoint_of_another_format_is_refused(
     plan: Plan, fresh: RunState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two(plan, fresh, tmp_path)
-    monkeypatch.setattr("server.checkpoint._FORMAT", 4)
-    with pytest.raises(StoreError, match="has format 3, this version reads 4"):
+    monkeypatch.setattr("server.checkpoint._FORMAT", 5)
+    with pytest.raises(StoreError, match="has format 4, this version reads 5"):
         CheckpointFolder(tmp_path, plan.config).read()
 
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from fake_grid import SPEC, freed_prior, make_plan
+from torch import nn
 
 from common.data import ImageSet
 from common.experts import ExpertNet, expert_layout
@@ -200,8 +201,30 @@ def test_the_nets_own_classifier_is_heard_beside_statistics_that_are_not_far_ahe
         torch.testing.assert_close(net(x), logits + net.scores(features))
     else:
         torch.testing.assert_close(net(x), net.scores(features))
-    alone = assembled(plan.net, plan.graph, state.prior, state.free, replace(memory, heard=False))
-    assert parameter_count(net) - parameter_count(alone) == (CLASSES if heard else 0)
+    sizes = [
+        parameter_count(assembled(plan.net, plan.graph, state.prior, state.free, one))
+        for one in (replace(memory, limit=0), replace(memory, limit=0, heard=False))
+    ]
+    assert sizes[0] - sizes[1] == (CLASSES if heard else 0)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_classifier_of_statistics_stays_small_beside_the_net(heard: bool) -> None:
+    plan = make_plan()
+    state, free = freed_prior(plan)
+    trunk = trunk_of(plan.net, plan.graph, state, free)
+    own = trunk.get_submodule(plan.graph.head)
+    assert isinstance(own, nn.Linear)
+    memory = remember(plan, state, free, images())
+    assert memory is not None
+    assert memory.classes is not None
+    assert memory.limit == max(own.in_features, parameter_count(trunk) // 6 // CLASSES)
+    for limit in (2, memory.limit, 10_000):
+        one = replace(memory, closed=True, heard=heard, limit=limit)
+        net = assembled(plan.net, plan.graph, state, free, one)
+        assert isinstance(net, ClosedFormNet)
+        room = memory.classes.sums.shape[1] - heard * own.in_features
+        assert net.scores.classifier.in_features == min(limit, room)
 
 
 def test_a_classifier_is_not_heard_once_there_are_classes_that_it_does_not_know() -> None:
@@ -325,7 +348,9 @@ def test_an_expert_that_class_statistics_beat_is_given_up_for_them(plan: Plan) -
     assert order_of(plan, state).rival == digest
     size = rival.sums.shape[1]
     sent = Discriminant.unpack(packed, CLASSES, size)
-    np.testing.assert_allclose(sent.weight, rival.discriminant().weight, rtol=1e-6)
+    made = rival.discriminant(limit=memory_of(state).limit)
+    np.testing.assert_allclose(sent.weight[:, made.chosen], made.weight, rtol=1e-6)
+    assert np.count_nonzero(sent.weight.any(0)) == len(made.chosen)
     done = tallied(plan, state, right=60, rival_right=61)
     memory = memory_of(done)
     assert (done.finished[-1].way, done.finished[-1].grown) == ("classes", 61 / HELDOUT)
@@ -640,7 +665,8 @@ def test_a_memory_is_read_back_as_it_was_written(plan: Plan) -> None:
         assert safetensors.torch.save(state)  # no two share memory
         back = Memory.from_state(state)
         assert state_digest(back.as_state()) == state_digest(state)
-        assert (back.head, back.layers, back.most) == (one.head, one.layers, one.most)
+        assert (back.head, back.layers) == (one.head, one.layers)
+        assert (back.most, back.limit) == (one.most, one.limit)
         assert (back.closed, back.heard) == (one.closed, one.heard)
         assert (back.weight, back.known) == (one.weight, one.known)
         assert isinstance(back.worlds[0], Moments)
