@@ -266,8 +266,8 @@ class Config(BaseModel):
     )
     statistics_gap: Share = Field(
         0.05,
-        description="how much more of the new images the prior's class statistics must get right "
-        "than the prior itself for a step to be learnt by them alone; 1: never",
+        description="how much more of the new images class statistics must get right than the "
+        "prior, or than an expert, for a step to be learnt by them alone; 1: never",
     )
     statistics_images: int = Field(
         1000,

@@ -149,7 +149,9 @@ def after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
         return _with_rival(state, sums)
     memory, rival = state.memory, None if state.memory is None else state.memory.rival
     if memory is not None and rival is not None:
-        if outcome.rival_right > outcome.right:
+        # the expert will be advised by statistics, which was not measured
+        margin = plan.config.statistics_gap * outcome.heldout
+        if outcome.rival_right - outcome.right > margin:
             tried = replace(state, heldout_prior=_prior(outcome), world=0, values=None)
             accuracy = outcome.rival_right / outcome.heldout
             return _learn_classes(plan, tried, memory, rival, outcome.class_counts, accuracy)
