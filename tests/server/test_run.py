@@ -651,7 +651,11 @@ def test_a_run_that_frees_less_is_told_in_full(
 @pytest.mark.parametrize(
     ("settings", "way", "phases"),
     [
-        ({"worlds": "invert"}, "classes", ["look", "look", "grow", "grow", "tally"]),
+        (
+            {"worlds": "invert", "statistics_gap": 0.05},
+            "classes",
+            ["look", "look", "grow", "grow", "tally"],
+        ),
         ({"worlds": "invert"}, "expert", ["look", "look", "grow", "grow", "tally"]),
         ({"stream": "class"}, "classes", ["look", "look"]),
     ],
