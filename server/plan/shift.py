@@ -50,7 +50,7 @@ def after_look(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     if world == 0 and memory.plain:
         if weighed and _statistics_suffice(plan, outcome):
             # far ahead, the net's own classifier would only be in their way
-            heard = not _ahead(outcome, plan.config.statistics_gap)
+            heard = not _ahead(outcome, outcome.prior_right, plan.config.statistics_gap)
             return replace(by_statistics, memory=replace(memory, heard=heard))
         growing = begin_growing(
             plan, state.step, state.prior, state.free, state.finished, state.carried
@@ -128,12 +128,12 @@ def _statistics_suffice(plan: Plan, outcome: Outcome) -> bool:
     present = sum(count > 0 for count in outcome.class_counts)
     few = sum(outcome.class_counts) < plan.config.statistics_images * present
     gap = plan.config.statistics_gap
-    return _ahead(outcome, -gap if few else gap)
+    return _ahead(outcome, outcome.prior_right, -gap if few else gap)
 
 
-def _ahead(outcome: Outcome, share: float) -> bool:
-    """Return whether the rival gets more than `share` of the images more right than the prior."""
-    return outcome.rival_right - outcome.prior_right > share * outcome.heldout
+def _ahead(outcome: Outcome, right: int, share: float) -> bool:
+    """Return whether the rival gets more than `share` of the images more right than `right`."""
+    return outcome.rival_right - right > share * outcome.heldout
 
 
 def _prior(outcome: Outcome) -> float:
@@ -150,8 +150,7 @@ def after_tally(plan: Plan, state: RunState, outcome: Outcome) -> RunState:
     memory, rival = state.memory, None if state.memory is None else state.memory.rival
     if memory is not None and rival is not None:
         # the expert will be advised by statistics, which was not measured
-        margin = plan.config.statistics_gap * outcome.heldout
-        if outcome.rival_right - outcome.right > margin:
+        if _ahead(outcome, outcome.right, plan.config.statistics_gap):
             tried = replace(state, heldout_prior=_prior(outcome), world=0, values=None)
             accuracy = outcome.rival_right / outcome.heldout
             return _learn_classes(plan, tried, memory, rival, outcome.class_counts, accuracy)
