@@ -246,7 +246,7 @@ def _closed(net: nn.Module, head: str, memory: Memory) -> nn.Module:
     # A phone stores no more weights for it: as many features are left out as it has inputs.
     own = net.get_submodule(head)
     assert isinstance(own, nn.Linear)
-    fewer = sums.sums.shape[1] - own.in_features
+    fewer = max(1, sums.sums.shape[1] - own.in_features)  # 0 would be no limit
     limit = min(memory.limit or fewer, fewer)
     scores = Scores(sums.discriminant(memory.head, limit=limit), memory.weight)
     return ClosedFormNet(net, head, scores, memory.layers, beside=True)

@@ -227,6 +227,17 @@ def test_a_classifier_of_statistics_stays_small_beside_the_net(heard: bool) -> N
         assert net.scores.classifier.in_features == min(limit, room)
 
 
+def test_of_the_classifiers_input_alone_hardly_any_is_left_beside_it() -> None:
+    plan = make_plan(statistics_features="last")
+    state, free = freed_prior(plan)
+    memory = remember(plan, state, free, images())
+    assert memory is not None
+    heard = replace(memory, closed=True, heard=True)
+    net = assembled(plan.net, plan.graph, state, free, heard)
+    assert isinstance(net, ClosedFormNet)
+    assert net.scores.classifier.in_features == 2
+
+
 def test_a_classifier_is_not_heard_once_there_are_classes_that_it_does_not_know() -> None:
     plan = make_plan(statistics_images=21, steps=3)
     state = begin(plan, known=images(classes=CLASSES - 1))
